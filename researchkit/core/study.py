@@ -397,6 +397,8 @@ class _Between(Criterion):
 
     def text(self):
         who = "" if self.a is None else f" of {_name(self.a)}"
+        if math.isinf(self.low) or math.isinf(self.high):
+            return f"{self.metric}{who} {_bounds(None if math.isinf(self.low) else self.low, None if math.isinf(self.high) else self.high)}"
         return f"{self.metric}{who} in [{_number(self.low)}, {_number(self.high)}]"
 
     def judge(self, rows):
