@@ -15,7 +15,7 @@ import typer
 from .core.errors import InputError
 
 # %% ../nbs/cli.ipynb #d1f08757
-app = typer.Typer(name="researchkit", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+app = typer.Typer(name="researchkit", no_args_is_help=True, add_completion=False, context_settings={"help_option_names": ["-h", "--help"]}, pretty_exceptions_enable=False,
                   help="Machine-learning papers as notebooks: run one, and see which of its claims hold.")
 _state = {"debug": False}
 
@@ -80,7 +80,7 @@ def list_(theme: Annotated[Optional[str], typer.Argument(help="Only this theme."
                       f"{r['cpu_seconds']:.0f}" if r else "")
     console = _console()
     console.print(table)
-    console.print("[dim]" + "  ".join(f"{m} {v}" for v, m in _MARKS.items()) + "[/]")
+    console.print("\n[dim]" + "  ".join(f"{m} {v}" for v, m in _MARKS.items()) + "[/]")
 
 # %% ../nbs/cli.ipynb #44b7a1ad
 def _claims_table(record):

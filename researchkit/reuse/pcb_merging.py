@@ -14,7 +14,10 @@ import os
 import shutil
 import tempfile
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -133,7 +136,7 @@ class TaskVectors:
         nothing left to merge, or (while reading) numbers that are not finite
     """
 
-    def __init__(self, base, finetuned, exclude: Sequence[str] = (), mixed_dtypes: bool = False, block_size: int = 2**20):
+    def __init__(self, base, finetuned, exclude: Sequence[str] = (), mixed_dtypes: bool = False, block_size: int = 2**19):
         if isinstance(finetuned, Mapping):
             raise TypeError("finetuned must be a sequence of state dicts, not one state dict")
         if isinstance(exclude, str):
@@ -160,10 +163,10 @@ class TaskVectors:
         self.dtype = torch.float64 if wide else torch.float32
         self.device = like.state[self.keys[0]].device if isinstance(like, _Tensors) else torch.device("cpu")
         self.plan = _plan(self.shapes, max(1, block_size // self.n))
-        self.whole = None
+        self.whole, self.workers = None, 1
 
     @classmethod
-    def from_tensor(cls, tv: Tensor, block_size: int = 2**20) -> "TaskVectors":
+    def from_tensor(cls, tv: Tensor, block_size: int = 2**19) -> "TaskVectors":
         "Task vectors that are already in memory as a tensor of shape (N, D); its blocks are views of it."
         if not isinstance(tv, Tensor) or tv.ndim != 2 or 0 in tv.shape or not tv.dtype.is_floating_point:
             given = f"{tuple(tv.shape)} of {tv.dtype}" if isinstance(tv, Tensor) else type(tv).__name__
@@ -190,6 +193,33 @@ class TaskVectors:
                 names = [p[0] for p in pieces if not torch.isfinite(block[i, p[3]:p[3] + p[4]]).all()]
                 raise ValueError(f"model {i} minus base is not finite in: {_some(names)}")
             yield pieces, block
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+        "`function` of every block, in order; on the CPU by as many workers as torch has threads, one block each."
+        blocks = (block for _, block in self.blocks())
+        if self.workers == 1:
+            yield from map(function, blocks)
+            return
+        with ThreadPoolExecutor(self.workers) as pool:
+            waiting = deque()
+            for block in blocks:
+                waiting.append(pool.submit(function, block))
+                if len(waiting) > self.workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+    @contextmanager
+    def one_thread_each(self) -> Iterator[None]:
+        "While this is open, a torch operation uses one thread: blocks are small, and it is blocks that run in parallel."
+        before = torch.get_num_threads()
+        if self.device.type == "cpu":
+            self.workers = before
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def base_rows(self, key: str, start: int, stop: int) -> Tensor:
         "Some rows of a tensor of the base, flat, in the dtype of the computation."
@@ -544,7 +574,7 @@ class PCB:
         "Find what every row must know about itself, in two passes (four for the paper's form)."
         self.n, d, sample = vectors.n, vectors.d, _sample(vectors)
         ranks = quantile_ranks(d, self.clip, self.clip)
-        bounds = order_statistics(lambda: (b.abs() for _, b in vectors.blocks()), ranks, d, sample.abs())
+        bounds = order_statistics(lambda: vectors.map(torch.abs), ranks, d, sample.abs())
         self.low, self.high = bounds[:, :1], bounds[:, 1:]
         flat = (self.low >= self.high).ravel().nonzero().ravel().tolist()
         self.single = self.n == 1 and bool(flat)  # nothing competes and nothing can be ranked: keep the vector as it is
@@ -557,7 +587,7 @@ class PCB:
         if self.form == "paper":
             self._fit_softmax(vectors)
         last = min(int(d * (1 - self.ratio)), d - 1)
-        found = order_statistics(lambda: (self.scores(b) for _, b in vectors.blocks()), (last, d - 1), d, self.scores(sample))
+        found = order_statistics(lambda: vectors.map(self.scores), (last, d - 1), d, self.scores(sample))
         self.threshold, self.top = found[:, :1], found[:, 1:]
         empty = (self.threshold >= self.top).ravel().nonzero().ravel().tolist()
         if empty and self.form != "paper":
@@ -657,10 +687,12 @@ def pcb_weights(tv: Tensor, ratio: float = 0.2, form: str = "code", clip: float 
         as for `PCB`, and for a tensor of another shape
     """
     vectors = TaskVectors.from_tensor(tv)
-    balance = PCB(ratio, form, clip, without).fit(vectors)
+    balance = PCB(ratio, form, clip, without)
     clamped, weights = [torch.empty(tv.shape, dtype=vectors.dtype, device=tv.device) for _ in range(2)]
-    for ((_, start, stop, _, _),), block in vectors.blocks():
-        clamped[:, start:stop], weights[:, start:stop] = balance.weigh(block)
+    with vectors.one_thread_each():
+        balance.fit(vectors)
+        for ((_, start, stop, _, _),), (c, w) in zip(vectors.plan, vectors.map(balance.weigh)):
+            clamped[:, start:stop], weights[:, start:stop] = c, w
     return clamped, weights
 
 # %% ../../nbs/reuse/pcb_merging.ipynb #25ac7ba4
@@ -701,7 +733,7 @@ class TIES:
         kept = int(self.ratio * vectors.d)
         if not kept:
             raise ValueError(f"ratio={self.ratio:g} keeps none of {vectors.d} parameters")
-        self.threshold = order_statistics(lambda: (b.abs() for _, b in vectors.blocks()), (vectors.d - kept,), vectors.d,
+        self.threshold = order_statistics(lambda: vectors.map(torch.abs), (vectors.d - kept,), vectors.d,
                                           _sample(vectors).abs())
         return self
 
@@ -724,20 +756,19 @@ def _method(method, **options):
 
 def _merged(vectors: TaskVectors, method, lambdas) -> Iterator[tuple[str, Tensor]]:
     "Merged tensors one after the other, in the dtype of the base; the changes alone where there is no base."
-    lambdas = _lambdas(lambdas, vectors)
-    method.fit(vectors)
-    parts = {}
-    for pieces, block in vectors.blocks():
-        change = method.combine(block, lambdas)
-        for key, start, stop, at, count in pieces:
-            base = 0 if vectors.base is None else vectors.base_rows(key, start, stop)
-            if start == 0:
-                dtype = vectors.dtype if vectors.base is None else vectors.dtypes[key]
-                parts[key] = torch.empty(vectors.shapes[key], dtype=dtype, device=vectors.device)
-            target = parts[key][start:stop] if parts[key].ndim else parts[key]
-            target.copy_((change[at:at + count] + base).reshape(target.shape))
-            if not parts[key].ndim or stop == parts[key].shape[0]:
-                yield key, parts.pop(key)
+    lambdas, parts = _lambdas(lambdas, vectors), {}
+    with vectors.one_thread_each():
+        method.fit(vectors)
+        for pieces, change in zip(vectors.plan, vectors.map(lambda block: method.combine(block, lambdas))):
+            for key, start, stop, at, count in pieces:
+                if start == 0:
+                    dtype = vectors.dtype if vectors.base is None else vectors.dtypes[key]
+                    parts[key] = torch.empty(vectors.shapes[key], dtype=dtype, device=vectors.device)
+                base = 0 if vectors.base is None else vectors.base_rows(key, start, stop)
+                target = parts[key][start:stop] if parts[key].ndim else parts[key]
+                target.copy_((change[at:at + count] + base).reshape(target.shape))
+                if not parts[key].ndim or stop == parts[key].shape[0]:
+                    yield key, parts.pop(key)
 
 
 def merge_vectors(tv: Tensor, method: str = "pcb", lambdas=1.0, **options) -> Tensor:
@@ -764,10 +795,12 @@ def merge_vectors(tv: Tensor, method: str = "pcb", lambdas=1.0, **options) -> Te
         for an unknown method, a tensor of another shape, or options out of range
     """
     vectors = TaskVectors.from_tensor(tv)
-    lambdas, rule = _lambdas(lambdas, vectors), _method(method, **options).fit(vectors)
+    lambdas, rule = _lambdas(lambdas, vectors), _method(method, **options)
     merged = torch.empty(vectors.d, dtype=vectors.dtype, device=tv.device)
-    for ((_, start, stop, _, _),), block in vectors.blocks():
-        merged[start:stop] = rule.combine(block, lambdas)
+    with vectors.one_thread_each():
+        rule.fit(vectors)
+        for ((_, start, stop, _, _),), change in zip(vectors.plan, vectors.map(lambda block: rule.combine(block, lambdas))):
+            merged[start:stop] = change
     return merged
 
 

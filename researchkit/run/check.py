@@ -157,11 +157,10 @@ def export(
     InputError
         with nbdev's last line, if it fails
     """
-    argument = "" if paths is None else f"[{', '.join(repr(str(p)) for p in paths)}]"
-    script = ("import sys\nfrom nbdev.export import nb_export, nbdev_export\nfrom nbdev.config import add_init\n"
-              f"for p in {argument}: nb_export(p)\nadd_init()\nfrom nbdev.doclinks import _build_modidx; _build_modidx()" if paths is not None
-              else "from nbdev.export import nbdev_export; nbdev_export()")
-    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
+    script = ("import sys\nfrom nbdev.config import add_init, get_config\nfrom nbdev.doclinks import _build_modidx\nfrom nbdev.export import nb_export\n"
+              "for path in sys.argv[1:]: nb_export(path)\nadd_init(get_config().lib_path)\n_build_modidx()")
+    names = [str(Path(p).resolve()) for p in (all_notebooks(root) if paths is None else paths)]
+    done = subprocess.run([sys.executable, "-c", script, *names], cwd=root, capture_output=True, text=True)
     if done.returncode:
         raise InputError(f"export failed: {done.stderr.strip().splitlines()[-1]}")
 
