@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from scipy.spatial.distance import cdist
 from scipy.stats import rankdata
 from sklearn.base import BaseEstimator, MetaEstimatorMixin, RegressorMixin, clone
 from sklearn.linear_model import LinearRegression
 from sklearn.metrics import r2_score
-from sklearn.utils import gen_batches
+from sklearn.utils import gen_batches, get_tags
 from sklearn.utils.validation import _num_samples, check_array, check_is_fitted, column_or_1d, has_fit_parameter, validate_data
 
 from ..core.errors import DataError, unknown
@@ -51,7 +52,7 @@ def survival_target(time, event=None) -> np.ndarray:
         raise ValueError(f"time and event must have the same length, got {time.shape} and {event.shape}")
     odd = event[~np.isin(event, (0, 1))]
     if odd.size:
-        raise ValueError(f"event must hold 1 (observed) or 0 (censored), got {odd[0]!r}")
+        raise ValueError(f"event must hold 1 (observed) or 0 (censored), got {odd[0]}")
     y = np.empty(len(time), dtype=[("event", bool), ("time", float)])
     y["event"], y["time"] = event.astype(bool), time
     return y
@@ -74,16 +75,17 @@ def split_target(y, event=None) -> tuple[np.ndarray, np.ndarray]:
     Raises
     ------
     ValueError
-        as `survival_target`, or if the fields are not named `event` and `time`
+        as `survival_target`, if the fields are not named `event` and `time`, or if indicators are given twice
     """
     if y is None:
         raise ValueError("requires y to be passed, but the target y is None")
     fields = list(y.columns) if isinstance(y, pd.DataFrame) else getattr(getattr(y, "dtype", None), "names", None)
     if fields:
-        if set(fields) != {"event", "time"}:
-            raise ValueError(f"a survival target has the fields event and time, got {', '.join(map(str, fields))}")
+        if set(fields) != {"event", "time"} or event is not None:
+            raise ValueError(f"a survival target has the fields event and time, given once; got {', '.join(map(str, fields))}"
+                             + (" and event" if event is not None else ""))
         y, event = y["time"], y["event"]
-    elif isinstance(y, tuple) and len(y) == 2 and event is None:
+    elif isinstance(y, tuple) and len(y) == 2 and event is None and all(np.ndim(part) == 1 for part in y):
         y, event = y
     y = survival_target(y, event)
     return y["time"], y["event"]
@@ -258,7 +260,7 @@ class BeranSurvival(BaseEstimator):
         tags.target_tags.positive_only = True
         return tags
 
-    def fit(self, X, y, event=None):
+    def fit(self, X, y, event=None) -> "BeranSurvival":
         """Sort the rows by time and fix the bandwidth.
 
         Parameters
@@ -317,54 +319,68 @@ class BeranSurvival(BaseEstimator):
             X = np.asarray(X)[:, cols]
         return check_array(X, dtype=float)
 
-    def _blocks(self, Z, u, side, own=None, grid=False):
-        "Curves for the queries Z at their times u (or all at all u), block by block."
-        step = np.searchsorted(self.censoring_times_, u, side=side)
-        out, lonely = np.ones((len(Z), len(u)) if grid else len(Z)), 0
-        block = max(1, int(self.working_memory * 2**20 / (32 * len(self._centres))))
-        for part in gen_batches(len(Z), block) if len(self.censoring_times_) else ():
-            leave = None if own is None else own[part]
-            w = kernel_weights(Z[part], self._centres, self.kernel, leave)
-            curves, alive = product_limit(w, *self._steps, own=leave)
-            out[part] = curves[:, step] if grid else np.take_along_axis(curves, step[part, None], axis=1)[:, 0]
-            lonely += int((alive < (step.max(initial=0) if grid else step[part])).sum())
-        if lonely and self.kernel != "constant":
-            warnings.warn(f"{lonely} of {len(Z)} rows outlived all their neighbours; the marginal hazard is used there", stacklevel=3)
-        return out
+# %% ../../nbs/theory/censored_erm.ipynb #7292c896
+@patch
+def _blocks(self: BeranSurvival, Z, u, side, own=None, grid=False):
+    "Curves for the queries Z at their times u (or all at all u), block by block."
+    step = np.searchsorted(self.censoring_times_, u, side=side)
+    out, lonely = np.ones((len(Z), len(u)) if grid else len(Z)), 0
+    block = max(1, int(self.working_memory * 2**20 / (32 * len(self._centres))))
+    for part in gen_batches(len(Z), block) if len(self.censoring_times_) else ():
+        leave = None if own is None else own[part]
+        w = kernel_weights(Z[part], self._centres, self.kernel, leave)
+        curves, alive = product_limit(w, *self._steps, own=leave)
+        out[part] = curves[:, step] if grid else np.take_along_axis(curves, step[part, None], axis=1)[:, 0]
+        lonely += int((alive < (step.max(initial=0) if grid else step[part])).sum())
+    if lonely and self.kernel != "constant":
+        warnings.warn(f"{lonely} of {len(Z)} rows outlived all their neighbours; the marginal hazard is used there", stacklevel=3)
+    return out
 
-    def survival(self, X, u, left: bool = False) -> np.ndarray:
-        "P(C > u | X = x), or P(C ≥ u | X = x) if `left`, for all pairs: shape (len(X), len(u))."
-        check_is_fitted(self)
-        u = np.atleast_1d(np.asarray(u, dtype=float))
-        return self._blocks(self._columns(X) / self.bandwidth_, u, "left" if left else "right", grid=True)
 
-    def survival_at(self, X, time) -> np.ndarray:
-        "P(C ≥ time_i | X = x_i) row by row, for rows that are not in the training set: shape (len(X),)."
-        check_is_fitted(self)
-        Z, time = self._columns(X) / self.bandwidth_, np.asarray(time, dtype=float)
-        if time.shape != (len(Z),):
-            raise ValueError(f"one time per row: X has {len(Z)} rows, time has shape {time.shape}")
-        return self._blocks(Z, time, "left")
+@patch
+def survival(self: BeranSurvival, X, u, left: bool = False) -> np.ndarray:
+    "P(C > u | X = x), or P(C ≥ u | X = x) if `left`, for all pairs: shape (len(X), len(u))."
+    check_is_fitted(self)
+    u = np.atleast_1d(np.asarray(u, dtype=float))
+    return self._blocks(self._columns(X) / self.bandwidth_, u, "left" if left else "right", grid=True)
 
-    def _training(self, leave_out: bool) -> np.ndarray:
-        check_is_fitted(self)
-        out = np.empty(len(self.time_))
-        own = np.arange(len(out)) if leave_out else None
-        out[self._order] = self._blocks(self._centres, self.time_[self._order], "left", own)
-        return out
 
-    def insample_survival(self) -> np.ndarray:
-        "P(C ≥ T_i | X_i) at the training rows, each row included in its own estimate: shape (n,)."
-        return self._training(False)
+@patch
+def survival_at(self: BeranSurvival, X, time) -> np.ndarray:
+    "P(C ≥ time_i | X = x_i) row by row, for rows that are not in the training set: shape (len(X),)."
+    check_is_fitted(self)
+    Z, time = self._columns(X) / self.bandwidth_, np.asarray(time, dtype=float)
+    if time.shape != (len(Z),):
+        raise ValueError(f"one time per row: X has {len(Z)} rows, time has shape {time.shape}")
+    return self._blocks(Z, time, "left")
 
-    def loo_survival(self) -> np.ndarray:
-        "P(C ≥ T_i | X_i) at the training rows, each row left out of its own estimate, @eq-cerm-loo: shape (n,)."
-        return self._training(True)
 
-    def weights(self, loo: bool | None = None) -> np.ndarray:
-        "δ_i / max(Ŝ_C(T_i⁻ | X_i), floor) at the training rows: shape (n,). `loo` overrides the constructor's."
-        loo = self.loo if loo is None else loo
-        return _inverse(self.event_, self.loo_survival() if loo else self.insample_survival(), self.floor)
+@patch
+def _training(self: BeranSurvival, leave_out: bool) -> np.ndarray:
+    check_is_fitted(self)
+    out = np.empty(len(self.time_))
+    own = np.arange(len(out)) if leave_out else None
+    out[self._order] = self._blocks(self._centres, self.time_[self._order], "left", own)
+    return out
+
+
+@patch
+def insample_survival(self: BeranSurvival) -> np.ndarray:
+    "P(C ≥ T_i | X_i) at the training rows, each row included in its own estimate: shape (n,)."
+    return self._training(False)
+
+
+@patch
+def loo_survival(self: BeranSurvival) -> np.ndarray:
+    "P(C ≥ T_i | X_i) at the training rows, each row left out of its own estimate, @eq-cerm-loo: shape (n,)."
+    return self._training(True)
+
+
+@patch
+def weights(self: BeranSurvival, loo: bool | None = None) -> np.ndarray:
+    "δ_i / max(Ŝ_C(T_i⁻ | X_i), floor) at the training rows: shape (n,). `loo` overrides the constructor's."
+    survival = self._training(self.loo if loo is None else loo)
+    return _inverse(self.event_, survival, self.floor)
 
 
 def _inverse(event, survival, floor):
@@ -425,7 +441,7 @@ def ipcw_weights(X, time, event=None, method: str = "beran", loo: bool = True, f
         raise ValueError("method='true' needs survival(X, time), the known censoring survival")
     return _inverse(event, np.asarray(survival(X, time), dtype=float), floor)
 
-
+# %% ../../nbs/theory/censored_erm.ipynb #b8c92929
 def kaplan_meier_risk(y_pred, time, event, weights) -> float:
     """The plug-in risk of @eq-cerm-risk, in squared units of time.
 
@@ -474,7 +490,7 @@ def _weight_key(estimator):
     inner = next((getattr(estimator, a) for a in ("estimator", "regressor") if getattr(estimator, a, None) is not None), None)
     return None if inner is None else _weight_key(inner)
 
-
+# %% ../../nbs/theory/censored_erm.ipynb #80d86914
 class CensoredRegressor(MetaEstimatorMixin, RegressorMixin, BaseEstimator):
     """Regression of a right-censored duration by any learner that accepts sample weights: @eq-cerm-risk.
 
@@ -504,7 +520,13 @@ class CensoredRegressor(MetaEstimatorMixin, RegressorMixin, BaseEstimator):
         tags = super().__sklearn_tags__()
         tags.target_tags.required = True
         tags.target_tags.positive_only = True
+        if self.weighting != "beran":  # then X is only the learner's business
+            inner = get_tags(self._learner()).input_tags
+            tags.input_tags.sparse, tags.input_tags.allow_nan = inner.sparse, inner.allow_nan
         return tags
+
+    def _learner(self):
+        return LinearRegression() if self.estimator is None else self.estimator
 
     def _rows(self, X, reset):
         "X as the learner gets it; frames and sparse matrices stay what they are."
@@ -513,7 +535,7 @@ class CensoredRegressor(MetaEstimatorMixin, RegressorMixin, BaseEstimator):
         validate_data(self, X, reset=reset, skip_check_array=True)
         return X
 
-    def fit(self, X, y):
+    def fit(self, X, y) -> "CensoredRegressor":
         """Estimate the censoring law, weight the rows, fit the learner.
 
         Parameters
@@ -550,7 +572,7 @@ class CensoredRegressor(MetaEstimatorMixin, RegressorMixin, BaseEstimator):
         else:
             self.weights_ = _inverse(event, survival, model.floor)
             self.floored_ = float(np.mean(survival[event] < model.floor))
-        self.estimator_ = fit_weighted(LinearRegression() if self.estimator is None else self.estimator, X, time, self.weights_)
+        self.estimator_ = fit_weighted(self._learner(), X, time, self.weights_)
         return self
 
     def predict(self, X) -> np.ndarray:

@@ -1,0 +1,319 @@
+"""The command line through its real entry point, in processes of its own."""
+import json
+import os
+import pty
+import resource
+import select
+import signal
+import subprocess
+import time
+
+import pytest
+
+from conftest import COMMAND, FRONT, HOME, RECORD, STUDY, Repo, alive, notebook, tree, write
+from researchkit.core.notebook import MIME, find_record
+
+SLEEPER = """import os, subprocess, time
+if os.environ.get("SLEEP"):
+    child = subprocess.Popen(["sleep", "300"])
+    open(os.environ["SLEEP"], "w").write(f"{os.getpid()} {child.pid}")
+    time.sleep(300)"""
+MISSING = "from researchkit.core import data\ndata.DIGITS_FILE = 'no/such/file.gz'\ndata.digits()"
+ALTERED = "from researchkit.core import data\ndata.DIGITS_SHA256 = '0' * 64\ndata.digits()"
+
+
+@pytest.fixture(scope="module")
+def few(shared) -> Repo:
+    "Four small papers."
+    shared.paper("light", "## Numbers", RECORD)
+    shared.paper("other", "## Numbers", RECORD)
+    shared.paper("broken", "## Good", "1", "## Where it breaks", "raise ArithmeticError('no [/b] sum')", theme="reuse")
+    shared.paper("no_parameters", "1", parameters=None, theme="safety")
+    return shared
+
+
+def lines(text):
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def test_list_is_quick_and_light(few):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = few.cli("list")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0 and all(slug in done.stdout for slug in ("light", "other", "broken")) and "unpublished" in done.stdout
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+    timed = few.popen("list", env={"PYTHONPROFILEIMPORTTIME": "1"}).communicate()[1]
+    imported = {line.rsplit("|", 1)[-1].strip() for line in timed.splitlines() if "|" in line}
+    assert "researchkit.core.notebook" in imported
+    assert not {"torch", "transformers", "numpy", "pandas", "papermill", "jupyter_client"} & imported
+
+
+def test_list_as_json_and_by_theme(few):
+    rows = json.loads(few.cli("list", "--json").stdout)
+    assert [(r["slug"], r["theme"], r["claims"]) for r in rows] == [
+        ("broken", "reuse", None), ("no_parameters", "safety", None), ("light", "theory", None), ("other", "theory", None)]
+    assert [r["slug"] for r in json.loads(few.cli("list", "reuse", "--json").stdout)] == ["broken"]
+
+
+def test_show_prints_brackets_as_they_are(few):
+    done = few.cli("show", "light")
+    assert done.returncode == 0 and "not published yet" in done.stdout
+    assert "seeds: list[int] = [0, 1, 2]   one run each" in done.stdout and "researchkit.theory.light" in done.stdout
+
+
+def test_a_reader_that_goes_away_is_no_error(few):
+    done = subprocess.run(f"{COMMAND} list --json | head -c 1", shell=True, env=few.environment(), capture_output=True, text=True)
+    assert done.stdout == "[" and done.stderr == ""
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["run", "ligth"], ["unknown paper or theme 'ligth'", "light"]),
+    (["show", "ligth"], ["unknown paper 'ligth'", "light"]),
+    (["verify", "ligth"], ["ligth"]),
+    (["publish", "ligth"], ["ligth"]),
+    (["verify", "light"], ["light is not published"]),
+    (["verify"], ["name papers"]),
+    (["list", "theorie"], ["unknown theme 'theorie'", "theory"]),
+    (["new", "Tiny", "--theme", "theory"], ["lower-case"]),
+    (["new", "light", "--theme", "theory"], ["light exists"]),
+    (["new", "tiny", "--theme", "theorie"], ["unknown theme"]),
+    (["check", "none.ipynb"], ["none.ipynb"]),
+    (["run", "light", "-p", "shfit=1"], ["light", "unknown parameter 'shfit'", "did you mean shift?", "profile: str = 'cpu'",
+                                         "seeds: list[int] = [0, 1, 2]", "shift: float = 0.0"]),
+    (["run", "light", "-p", "shift=x"], ["shift takes float", "'x'"]),
+    (["run", "light", "-p", "seeds=1,b"], ["seeds takes list[int]"]),
+    (["run", "light", "-p", "shift"], ["name=value"]),
+    (["run", "light", "other", "-p", "nothing=1"], ["light", "nothing"]),
+    (["run", "light", "--profile", "gpu"], ["unknown profile 'gpu'", "smoke, cpu, full"]),
+    (["run", "light", "-p", "profile=gpu"], ["unknown profile 'gpu'"]),
+    (["run", "light", "-j", "0"], ["at least 1"]),
+    (["run", "light", "-j", "many"], ["many", "--jobs"]),
+    (["run", "light", "--timeout", "-1"], ["timeout must be positive"]),
+    (["run", "light", "--out", "settings.ini/x"], ["output folder", "not writable"]),
+    (["run", "light", "--out", "/proc/researchkit"], ["output folder", "not writable"]),
+    (["run", "light", "no_parameters"], ["no_parameters.ipynb", "no cell is tagged 'parameters'"]),
+    (["show", "no_parameters"], ["no_parameters.ipynb", "no cell is tagged 'parameters'"]),
+    (["publish", "no_parameters"], ["no_parameters.ipynb", "no cell is tagged 'parameters'"]),
+    (["run", "light", "--fast"], ["--fast"]),
+    (["run"], ["SLUG"]),
+    (["rnu", "light"], ["rnu"]),
+    (["run", "security"], ["security"]),
+])
+def test_what_cannot_be_meant_is_refused_in_one_line(few, arguments, words):
+    line = few.refused(*arguments)
+    assert all(word in line for word in words), line
+
+
+def test_read_only_output_folder(few, tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    if os.geteuid() == 0:
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", locked], capture_output=True).returncode == 0
+        if not mounted:
+            pytest.skip("root may write everywhere and nothing can be mounted here")
+    else:
+        locked.chmod(0o555)
+    try:
+        assert "not writable" in few.refused("run", "light", "--out", locked)
+    finally:
+        if os.geteuid() == 0:
+            subprocess.run(["umount", locked], check=True)
+        else:
+            locked.chmod(0o755)
+
+
+@pytest.mark.parametrize("old, new", [('title: "bad: a test"', "title: bad: a test"), ("year: 2024", "year: 2024-13-45"), ("\n---", "\n")])
+@pytest.mark.parametrize("command", ["list", "run", "show"])
+def test_malformed_front_matter_is_refused_with_file_and_line(repo, command, old, new):
+    text = FRONT.format(slug="bad", theme="theory")
+    assert old in text
+    path = repo.paper("bad", "1", front=text.replace(old, new))
+    line = repo.refused(command, *(["bad"] if command != "list" else []))
+    place = line.removeprefix("error: ").split(": ")[0]
+    assert place.rpartition(":")[0] == str(path) and place.rpartition(":")[2].isdigit(), line
+
+
+def broken_record(repo, record):
+    nb = notebook("one", "1")
+    nb["cells"][3]["outputs"] = [{"output_type": "display_data", "metadata": {}, "data": {MIME: record}}]
+    return write(nb, repo.root / "nbs" / "theory" / "one.ipynb")
+
+
+@pytest.mark.parametrize("command", ["list", "show", "run", "verify"])
+def test_a_record_of_a_newer_schema_is_refused(repo, command):
+    path = broken_record(repo, {"schema": 99})
+    line = repo.refused(command, *(["one"] if command != "list" else []))
+    assert str(path) in line and "schema 99" in line and "update researchkit" in line
+
+
+@pytest.mark.parametrize("command", ["list", "show", "verify"])
+def test_a_malformed_record_is_refused(repo, command):
+    broken_record(repo, {"schema": 1})
+    assert "record" in repo.refused(command, *(["one"] if command != "list" else []))
+
+
+@pytest.mark.parametrize("cell, words", [(MISSING, ["digits are missing", "no/such/file.gz"]), (ALTERED, ["digits are altered", "SHA-256"])])
+def test_a_dataset_that_is_missing_or_altered_is_refused(repo, cell, words):
+    repo.paper("needs_data", "## Data", cell)
+    line = repo.refused("run", "needs_data", "--out", "deep/er/out")
+    assert all(word in line for word in ["needs_data", *words]), line
+
+
+def test_debug_shows_the_traceback_wherever_it_stands(few):
+    for arguments in (["--debug", "show", "ligth"], ["show", "ligth", "--debug"]):
+        done = few.cli(*arguments)
+        assert done.returncode != 0 and "Traceback" in done.stderr and "InputError" in done.stderr
+
+
+def test_several_papers_and_a_failure(few, tmp_path):
+    done = few.cli("run", "theory", "broken", "light", "-j", "2", "--profile", "smoke", "--out", tmp_path / "out")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    partial = tmp_path / "out" / "broken" / "smoke" / "broken.partial.ipynb"
+    assert lines(done.stderr)[-3:] == ["broken failed in section 'Where it breaks'", "  ArithmeticError: no [/b] sum", f"  partial notebook: {partial}"]
+    assert json.loads(partial.read_text())["cells"][-1]["outputs"][0]["ename"] == "ArithmeticError"
+    progress = done.stderr.splitlines()
+    for slug in ("light", "other", "broken"):
+        assert any(line.startswith(slug) and "started (smoke)" in line for line in progress)
+    assert any("0:0" in line and "Where it breaks" in line for line in progress) and "\x1b" not in done.stderr + done.stdout
+    for slug in ("light", "other"):
+        for suffix in ("ipynb", "html", "record.json"):
+            path = tmp_path / "out" / slug / "smoke" / f"{slug}.{suffix}"
+            assert path.exists() and str(path) in done.stdout
+    assert json.loads((tmp_path / "out" / "light" / "smoke" / "light.record.json").read_text())["profile"] == "smoke"
+    assert len(list((tmp_path / "out").rglob("*.*"))) == 7
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_the_children_keeps_what_finished_and_resumes(repo, number):
+    repo.paper("quick", "## Numbers", RECORD)
+    repo.paper("sleeper", "## Sleep", SLEEPER)
+    pids = repo.base / "pids"
+    process = repo.popen("run", "quick", "sleeper", "-j", "2", "--out", "out", env={"SLEEP": str(pids)})
+    quick = repo.root / "out" / "quick" / "cpu" / "quick.ipynb"
+    deadline = time.monotonic() + 60
+    while not (quick.exists() and pids.exists() and len(pids.read_text().split()) == 2):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    children = [int(pid) for pid in pids.read_text().split()]
+    assert all(map(alive, children))
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert lines(err)[-1] == "interrupted; finished: quick; cancelled: sleeper"
+    assert not any(map(alive, children)) and not list(repo.tmp.iterdir())
+    stamp = quick.stat().st_mtime_ns
+    done = repo.cli("run", "quick", "sleeper", "--out", "out", "--resume")
+    assert done.returncode == 0 and quick.stat().st_mtime_ns == stamp
+    assert "quick (finished before)" in done.stdout and "started" not in "".join(x for x in lines(done.stderr) if x.startswith("quick"))
+    assert sorted(p.name for p in (repo.root / "out" / "sleeper" / "cpu").iterdir()) == ["sleeper.html", "sleeper.ipynb"]
+
+
+def test_a_timeout_on_the_command_line(repo):
+    repo.paper("sleeper", "## Sleep", SLEEPER)
+    done = repo.cli("run", "sleeper", "--timeout", "6", env={"SLEEP": str(repo.base / "pids")})
+    assert done.returncode == 1 and "sleeper timed out after" in lines(done.stderr)[-1] and "sleeper.partial.ipynb" in lines(done.stderr)[-1]
+    assert not any(map(alive, map(int, (repo.base / "pids").read_text().split())))
+
+
+def test_a_terminal_shows_heading_and_time_live(few, tmp_path):
+    few.paper("slow", "## A heading to see", "import time; time.sleep(2.5)", theme="science")
+    master, slave = pty.openpty()
+    process = few.popen("run", "slow", "--out", tmp_path, stdin=slave, stdout=slave, stderr=slave, text=False, env={"TERM": "xterm-256color", "COLUMNS": "100"})
+    os.close(slave)
+    seen = b""
+    while True:
+        ready, _, _ = select.select([master], [], [], 60)
+        try:
+            chunk = os.read(master, 65536) if ready else b""
+        except OSError:
+            break
+        if not chunk:
+            break
+        seen += chunk
+    os.close(master)
+    text = seen.decode(errors="replace")
+    assert process.wait(60) == 0, text
+    assert "\x1b[" in text and "A heading to see" in text and "done" in text
+    assert len({second for second in range(1, 9) if f"0:0{second}" in text}) >= 2, text
+    assert "slow.ipynb" in text
+    (few.root / "nbs" / "science" / "slow.ipynb").unlink()
+
+
+def test_doctor(few):
+    done = few.cli("doctor")
+    assert done.returncode == 0 and "Python" in done.stdout and "4 papers" in done.stdout and "kernel" in done.stdout
+
+
+def test_help_names_every_command(few):
+    done = few.cli("--help")
+    assert done.returncode == 0
+    assert all(f" {c} " in done.stdout for c in "list show run verify publish check new docs doctor".split())
+    assert few.cli().returncode in (0, 2)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Repo:
+    "A repository with one paper, started by `new` and otherwise as the template has it."
+    repo = Repo(tmp_path_factory.mktemp("tiny"))
+    done = repo.cli("new", "tiny", "--theme", "theory")
+    assert done.returncode == 0, done.stderr
+    assert "nbs/theory/tiny.ipynb" in done.stdout and "researchkit/theory/tiny.py" in done.stdout
+    return repo
+
+
+def test_new_passes_check_but_for_its_claims(tiny):
+    path = tiny.root / "nbs" / "theory" / "tiny.ipynb"
+    done = tiny.cli("check", path)
+    assert done.returncode == 1
+    assert lines(done.stdout) == ["nbs/theory/tiny.ipynb: states 0 claims, at least 4 are needed", "1 problem"], done.stdout
+    whole = [line for line in lines(tiny.cli("check").stdout) if not line.startswith("README.md")]
+    assert whole[0] == lines(done.stdout)[0] and len(whole) == 2, whole
+    module = (tiny.root / "researchkit" / "theory" / "tiny.py").read_text()
+    assert "def trimmed_mean" in module and "matplotlib" not in module
+    assert not list(tiny.tmp.iterdir())
+
+
+def test_publish_check_verify(repo):
+    path = repo.paper("one", "## Claims", "#| export\ndef f(): return 1", STUDY, "## Use it on your own model", "print(object())")
+    (path.parent / "one.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    write(notebook("index", parameters=None, front="---\ntitle: t\ndescription: d\n---"), repo.root / "nbs" / "index.ipynb")
+    nb = json.loads((repo.root / "nbs" / "index.ipynb").read_text())
+    write(nb | {"cells": nb["cells"][:1]}, repo.root / "nbs" / "index.ipynb")
+    done = repo.cli("publish", "one")
+    assert done.returncode == 0 and "published one" in done.stdout, done.stderr
+    record = find_record(path)
+    assert record["profile"] == "cpu" and [c["verdict"] for c in record["claims"]] == ["reproduced"] * 4
+    assert not list(repo.tmp.iterdir()) and not (repo.root / "runs").exists()
+    assert "[bold" not in path.read_text() and "def f()" in (repo.root / "researchkit" / "theory" / "one.py").read_text()
+    assert repo.cli("check").stdout.strip().endswith("nothing to complain about")
+    listed = repo.cli("list")
+    assert "✓4" in listed.stdout
+    assert "a beats [b]" in repo.cli("show", "one").stdout
+
+    before = tree(repo.root)
+    done = repo.cli("verify", "one")
+    assert done.returncode == 0 and "one: agrees with what is published" in done.stdout, done.stdout
+    assert tree(repo.root) == before
+
+    text = path.read_text()
+    path.write_text(text.replace('"verdict": "reproduced"', '"verdict": "partly"', 1).replace('"accuracy": 0.8', '"accuracy": 0.7'))
+    done = repo.cli("verify", "one")
+    assert done.returncode == 1 and "DISAGREES" in done.stdout
+    assert "C1: published 'partly', now 'reproduced'" in done.stdout and "accuracy" in done.stdout and "0.7 to 0.8" in done.stdout
+
+    path.write_text(text.replace("def f(): return 1", "def f(): return 2"))
+    done = repo.cli("check")
+    assert done.returncode == 1 and "publish it again" in done.stdout and "researchkit/theory/one.py: differs from its notebook" in done.stdout
+
+
+def test_publish_leaves_a_notebook_that_fails_as_it_was(repo):
+    path = repo.paper("one", "## Claims", "raise ValueError('boom')")
+    text = path.read_text()
+    done = repo.cli("publish", "one")
+    assert done.returncode == 1 and "one failed in section 'Claims': ValueError: boom" in done.stderr and path.read_text() == text
+
+
+def test_the_package_imports_nothing_heavy():
+    script = "import sys, researchkit; print(sorted({'torch', 'numpy', 'transformers', 'yaml'} & set(sys.modules)))"
+    done = subprocess.run([COMMAND.with_name("python"), "-c", script], capture_output=True, text=True, cwd=HOME)
+    assert done.stdout.strip() == "[]", done.stderr
