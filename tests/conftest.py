@@ -33,22 +33,15 @@ paper:
 
 PARAMETERS = 'profile: str = "cpu"  # smoke, cpu or full\nseeds: list[int] = [0, 1, 2]  # one run each\nshift: float = 0.0  # added to a'
 
-STUDY = """from researchkit.core.study import *
-study = Study(paper="{slug}", profile=profile, seeds=seeds)
-for s in seeds:
-    study.log(method="a", seed=s, accuracy=0.9 + s / 100 + shift)
-    study.log(method="b", seed=s, accuracy=0.8)
-for i in range(1, 5):
-    study.claim(f"C{{i}}", "a beats [b]", paper="+10 points", test=greater("accuracy", "a", "b"))
-study.conclude()"""
-
 # A record as `Study` writes it, without the imports that make `Study` slow to start.
 RECORD = """import os
 from IPython.display import display
 from researchkit.core.notebook import MIME, code_hash, load_notebook
 record = dict(schema=1, paper="{slug}", profile=profile, params=dict(profile=profile, seeds=seeds, shift=shift), seeds=seeds,
               versions={{}}, hardware={{}}, wall_seconds=1.0, cpu_seconds=1.0, peak_rss_bytes=1, tolerances={{}},
-              code_hash=code_hash(load_notebook(os.environ["RESEARCHKIT_NOTEBOOK"])), claims=[],
+              code_hash=code_hash(load_notebook(os.environ["RESEARCHKIT_NOTEBOOK"])),
+              claims=[dict(id=f"C{i}", statement="a beats [b]", paper="+10 points", measured=0.5 + shift, interval=[0.4, 0.6], criterion="a > b",
+                           verdict="reproduced", units=3, note="see [/b] there") for i in range(1, 5)],
               rows=[dict(method="a", seed=s, accuracy=0.5 + shift) for s in seeds])
 display({{MIME: record, "text/plain": "record"}}, raw=True)"""
 
@@ -144,12 +137,16 @@ class Repo:
         "Run a command that must be refused: one line, exit code 2, nothing written. Returns the line."
         before = self.tree()
         done = self.cli(*arguments, **options)
-        lines = [line for line in done.stderr.splitlines() if not line.endswith(("refused",)) and "  0:0" not in line]
-        assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
-        assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
-        assert "Traceback" not in done.stdout + done.stderr
-        assert self.tree() == before
-        return lines[0]
+        return one_line(done.returncode, done.stdout, done.stderr, before, self.tree())
+
+
+def one_line(code, out, err, before, after) -> str:
+    lines = [line for line in err.splitlines() if "  0:" not in line]  # without the progress
+    assert code == 2, (code, out, err)
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    assert "Traceback" not in out + err
+    assert before == after
+    return lines[0]
 
 
 @pytest.fixture

@@ -10,8 +10,12 @@ import time
 
 import pytest
 
-from conftest import COMMAND, FRONT, HOME, RECORD, STUDY, Repo, alive, notebook, tree, write
+from conftest import COMMAND, FRONT, HOME, RECORD, Repo, alive, notebook, one_line, tree, write
+from researchkit import cli
+from researchkit.core.errors import InputError
 from researchkit.core.notebook import MIME, find_record
+from researchkit.run.check import publish
+from researchkit.run.runner import Result, plan
 
 SLEEPER = """import os, subprocess, time
 if os.environ.get("SLEEP"):
@@ -30,6 +34,19 @@ def few(shared) -> Repo:
     shared.paper("broken", "## Good", "1", "## Where it breaks", "raise ArithmeticError('no [/b] sum')", theme="reuse")
     shared.paper("no_parameters", "1", parameters=None, theme="safety")
     return shared
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    "As `Repo.refused`, in this process."
+    def refused(repo, *arguments):
+        monkeypatch.setenv("RESEARCHKIT_HOME", str(repo.root))
+        monkeypatch.chdir(repo.root)
+        before = repo.tree()
+        with pytest.raises(SystemExit) as e:
+            cli.main(list(map(str, arguments)))
+        return one_line(e.value.code, *capsys.readouterr(), before, repo.tree())
+    return refused
 
 
 def lines(text):
@@ -87,7 +104,7 @@ def test_a_reader_that_goes_away_is_no_error(few):
     (["run", "light", "--profile", "gpu"], ["unknown profile 'gpu'", "smoke, cpu, full"]),
     (["run", "light", "-p", "profile=gpu"], ["unknown profile 'gpu'"]),
     (["run", "light", "-j", "0"], ["at least 1"]),
-    (["run", "light", "-j", "many"], ["many", "--jobs"]),
+    (["run", "light", "-j", "many"], ["--jobs"]),
     (["run", "light", "--timeout", "-1"], ["timeout must be positive"]),
     (["run", "light", "--out", "settings.ini/x"], ["output folder", "not writable"]),
     (["run", "light", "--out", "/proc/researchkit"], ["output folder", "not writable"]),
@@ -99,12 +116,18 @@ def test_a_reader_that_goes_away_is_no_error(few):
     (["rnu", "light"], ["rnu"]),
     (["run", "security"], ["security"]),
 ])
-def test_what_cannot_be_meant_is_refused_in_one_line(few, arguments, words):
-    line = few.refused(*arguments)
+def test_what_cannot_be_meant_is_refused_in_one_line(few, refused, arguments, words):
+    line = refused(few, *arguments)
     assert all(word in line for word in words), line
 
 
-def test_read_only_output_folder(few, tmp_path):
+@pytest.mark.parametrize("arguments", [["run", "ligth"], ["run", "light", "-p", "shfit=1"], ["run", "light", "-p", "shift=x"], ["run", "light", "--fast"],
+                                       ["run", "light", "--profile", "gpu"], ["run", "light", "--out", "settings.ini/x"], ["run", "no_parameters"]])
+def test_the_same_through_the_entry_point(few, refused, arguments):
+    assert few.refused(*arguments) == refused(few, *arguments)
+
+
+def test_read_only_output_folder(few, refused, tmp_path):
     locked = tmp_path / "locked"
     locked.mkdir()
     if os.geteuid() == 0:
@@ -114,7 +137,7 @@ def test_read_only_output_folder(few, tmp_path):
     else:
         locked.chmod(0o555)
     try:
-        assert "not writable" in few.refused("run", "light", "--out", locked)
+        assert "not writable" in refused(few, "run", "light", "--out", locked)
     finally:
         if os.geteuid() == 0:
             subprocess.run(["umount", locked], check=True)
@@ -124,11 +147,11 @@ def test_read_only_output_folder(few, tmp_path):
 
 @pytest.mark.parametrize("old, new", [('title: "bad: a test"', "title: bad: a test"), ("year: 2024", "year: 2024-13-45"), ("\n---", "\n")])
 @pytest.mark.parametrize("command", ["list", "run", "show"])
-def test_malformed_front_matter_is_refused_with_file_and_line(repo, command, old, new):
+def test_malformed_front_matter_is_refused_with_file_and_line(repo, refused, command, old, new):
     text = FRONT.format(slug="bad", theme="theory")
     assert old in text
     path = repo.paper("bad", "1", front=text.replace(old, new))
-    line = repo.refused(command, *(["bad"] if command != "list" else []))
+    line = refused(repo, command, *(["bad"] if command != "list" else []))
     place = line.removeprefix("error: ").split(": ")[0]
     assert place.rpartition(":")[0] == str(path) and place.rpartition(":")[2].isdigit(), line
 
@@ -140,29 +163,31 @@ def broken_record(repo, record):
 
 
 @pytest.mark.parametrize("command", ["list", "show", "run", "verify"])
-def test_a_record_of_a_newer_schema_is_refused(repo, command):
+def test_a_record_of_a_newer_schema_is_refused(repo, refused, command):
     path = broken_record(repo, {"schema": 99})
-    line = repo.refused(command, *(["one"] if command != "list" else []))
+    line = refused(repo, command, *(["one"] if command != "list" else []))
     assert str(path) in line and "schema 99" in line and "update researchkit" in line
 
 
 @pytest.mark.parametrize("command", ["list", "show", "verify"])
-def test_a_malformed_record_is_refused(repo, command):
+def test_a_malformed_record_is_refused(repo, refused, command):
     broken_record(repo, {"schema": 1})
-    assert "record" in repo.refused(command, *(["one"] if command != "list" else []))
+    assert "record" in refused(repo, command, *(["one"] if command != "list" else []))
 
 
 @pytest.mark.parametrize("cell, words", [(MISSING, ["digits are missing", "no/such/file.gz"]), (ALTERED, ["digits are altered", "SHA-256"])])
 def test_a_dataset_that_is_missing_or_altered_is_refused(repo, cell, words):
     repo.paper("needs_data", "## Data", cell)
-    line = repo.refused("run", "needs_data", "--out", "deep/er/out")
+    line = repo.refused("run", "needs_data", "--out", "deep/er/out", "--profile", "smoke")
     assert all(word in line for word in ["needs_data", *words]), line
 
 
-def test_debug_shows_the_traceback_wherever_it_stands(few):
-    for arguments in (["--debug", "show", "ligth"], ["show", "ligth", "--debug"]):
-        done = few.cli(*arguments)
-        assert done.returncode != 0 and "Traceback" in done.stderr and "InputError" in done.stderr
+def test_debug_shows_the_traceback_wherever_it_stands(few, monkeypatch):
+    monkeypatch.setattr(cli, "_state", {"debug": False})
+    done = few.cli("show", "ligth", "--debug")
+    assert done.returncode != 0 and "Traceback" in done.stderr and "InputError" in done.stderr
+    with pytest.raises(InputError):
+        cli.main(["--debug", "show", "ligth"])
 
 
 def test_several_papers_and_a_failure(few, tmp_path):
@@ -201,6 +226,8 @@ def test_an_interrupt_ends_the_children_keeps_what_finished_and_resumes(repo, nu
     assert process.returncode == 130 and "Traceback" not in err
     assert lines(err)[-1] == "interrupted; finished: quick; cancelled: sleeper"
     assert not any(map(alive, children)) and not list(repo.tmp.iterdir())
+    if number == signal.SIGTERM:
+        return
     stamp = quick.stat().st_mtime_ns
     done = repo.cli("run", "quick", "sleeper", "--out", "out", "--resume")
     assert done.returncode == 0 and quick.stat().st_mtime_ns == stamp
@@ -208,11 +235,13 @@ def test_an_interrupt_ends_the_children_keeps_what_finished_and_resumes(repo, nu
     assert sorted(p.name for p in (repo.root / "out" / "sleeper" / "cpu").iterdir()) == ["sleeper.html", "sleeper.ipynb"]
 
 
-def test_a_timeout_on_the_command_line(repo):
-    repo.paper("sleeper", "## Sleep", SLEEPER)
-    done = repo.cli("run", "sleeper", "--timeout", "6", env={"SLEEP": str(repo.base / "pids")})
-    assert done.returncode == 1 and "sleeper timed out after" in lines(done.stderr)[-1] and "sleeper.partial.ipynb" in lines(done.stderr)[-1]
-    assert not any(map(alive, map(int, (repo.base / "pids").read_text().split())))
+def test_how_the_ends_of_runs_are_reported(few, capsys):
+    jobs = [plan(few.root / "nbs" / "theory" / f"{slug}.ipynb", "out") for slug in ("light", "other")]
+    assert cli._report([Result(jobs[0], "timed out", 6.2)]) == 1
+    assert capsys.readouterr().err == f"light timed out after 6 s; partial notebook: {jobs[0].partial}\n"
+    assert cli._report([Result(jobs[0], "refused", error="no data"), Result(jobs[1], "failed", error="E: x", heading="H")]) == 2
+    assert capsys.readouterr().err.startswith("error: light: no data\n\nother failed in section 'H'\n  E: x\n")
+    assert cli._report([Result(jobs[0], "cancelled"), Result(jobs[1], "failed", error="E: x")]) == 130
 
 
 def test_a_terminal_shows_heading_and_time_live(few, tmp_path):
@@ -262,55 +291,50 @@ def tiny(tmp_path_factory) -> Repo:
 
 
 def test_new_passes_check_but_for_its_claims(tiny):
-    path = tiny.root / "nbs" / "theory" / "tiny.ipynb"
-    done = tiny.cli("check", path)
-    assert done.returncode == 1
-    assert lines(done.stdout) == ["nbs/theory/tiny.ipynb: states 0 claims, at least 4 are needed", "1 problem"], done.stdout
-    whole = [line for line in lines(tiny.cli("check").stdout) if not line.startswith("README.md")]
-    assert whole[0] == lines(done.stdout)[0] and len(whole) == 2, whole
+    done = tiny.cli("check")
+    found = [line for line in lines(done.stdout) if not line.startswith("README.md")]
+    assert done.returncode == 1 and len(found) == 2 and found[0] == "nbs/theory/tiny.ipynb: states 0 claims, at least 4 are needed", done.stdout
     module = (tiny.root / "researchkit" / "theory" / "tiny.py").read_text()
     assert "def trimmed_mean" in module and "matplotlib" not in module
-    assert not list(tiny.tmp.iterdir())
+    assert not list(tiny.tmp.iterdir()) and not list(tiny.home.iterdir())
 
 
 def test_publish_check_verify(repo):
-    path = repo.paper("one", "## Claims", "#| export\ndef f(): return 1", STUDY, "## Use it on your own model", "print(object())")
-    (path.parent / "one.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
-    write(notebook("index", parameters=None, front="---\ntitle: t\ndescription: d\n---"), repo.root / "nbs" / "index.ipynb")
-    nb = json.loads((repo.root / "nbs" / "index.ipynb").read_text())
-    write(nb | {"cells": nb["cells"][:1]}, repo.root / "nbs" / "index.ipynb")
-    done = repo.cli("publish", "one")
-    assert done.returncode == 0 and "published one" in done.stdout, done.stderr
-    record = find_record(path)
+    one, two = (repo.paper(slug, "## Claims", "#| export\ndef f(): return 1", RECORD, "## Use it on your own model", "print(object())") for slug in ("one", "two"))
+    for slug in ("one", "two"):
+        (one.parent / f"{slug}.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    home = notebook("index", "# Home", parameters=None, front="---\ntitle: t\ndescription: d\n---")
+    write(home | {"cells": [c for c in home["cells"] if c["cell_type"] != "code"]}, repo.root / "nbs" / "index.ipynb")
+    done = repo.cli("publish", "theory", "-j", "2")
+    assert done.returncode == 0 and "published one\npublished two" in done.stdout, done.stderr
+    record = find_record(one)
     assert record["profile"] == "cpu" and [c["verdict"] for c in record["claims"]] == ["reproduced"] * 4
-    assert not list(repo.tmp.iterdir()) and not (repo.root / "runs").exists()
-    assert "[bold" not in path.read_text() and "def f()" in (repo.root / "researchkit" / "theory" / "one.py").read_text()
+    assert not list(repo.tmp.iterdir()) and not list(repo.home.iterdir()) and not (repo.root / "runs").exists()
+    assert "<object object>" in one.read_text() and "def f()" in (repo.root / "researchkit" / "theory" / "one.py").read_text()
     assert repo.cli("check").stdout.strip().endswith("nothing to complain about")
-    listed = repo.cli("list")
-    assert "✓4" in listed.stdout
-    assert "a beats [b]" in repo.cli("show", "one").stdout
+    assert repo.cli("list").stdout.count("✓4") == 2
+    shown = repo.cli("show", "one").stdout
+    assert "a beats [b]" in shown and "see [/b] there" in shown
 
+    two.write_text(two.read_text().replace('"verdict": "reproduced"', '"verdict": "partly"', 1).replace('"accuracy": 0.5', '"accuracy": 0.4'))
     before = tree(repo.root)
-    done = repo.cli("verify", "one")
-    assert done.returncode == 0 and "one: agrees with what is published" in done.stdout, done.stdout
-    assert tree(repo.root) == before
+    done = repo.cli("verify", "all", "-j", "2")
+    assert done.returncode == 1 and tree(repo.root) == before
+    first, second, *reasons = lines(done.stdout)
+    assert (first, second) == ("one: agrees with what is published", "two: DISAGREES")
+    assert "C1: published 'partly', now 'reproduced'" in reasons[0] and "accuracy" in reasons[1] and "0.4 to 0.5" in reasons[1]
 
-    text = path.read_text()
-    path.write_text(text.replace('"verdict": "reproduced"', '"verdict": "partly"', 1).replace('"accuracy": 0.8', '"accuracy": 0.7'))
-    done = repo.cli("verify", "one")
-    assert done.returncode == 1 and "DISAGREES" in done.stdout
-    assert "C1: published 'partly', now 'reproduced'" in done.stdout and "accuracy" in done.stdout and "0.7 to 0.8" in done.stdout
-
-    path.write_text(text.replace("def f(): return 1", "def f(): return 2"))
+    one.write_text(one.read_text().replace("def f(): return 1", "def f(): return 2"))
     done = repo.cli("check")
-    assert done.returncode == 1 and "publish it again" in done.stdout and "researchkit/theory/one.py: differs from its notebook" in done.stdout
+    assert done.returncode == 1 and "one.ipynb: its record belongs to other code" in done.stdout
+    assert "researchkit/theory/one.py: differs from its notebook" in done.stdout
 
 
 def test_publish_leaves_a_notebook_that_fails_as_it_was(repo):
     path = repo.paper("one", "## Claims", "raise ValueError('boom')")
     text = path.read_text()
-    done = repo.cli("publish", "one")
-    assert done.returncode == 1 and "one failed in section 'Claims': ValueError: boom" in done.stderr and path.read_text() == text
+    (result,) = publish([path], repo.root)
+    assert result.status == "failed" and result.heading == "Claims" and path.read_text() == text
 
 
 def test_the_package_imports_nothing_heavy():

@@ -1,9 +1,11 @@
+import json
+import os
 import subprocess
 import sys
 
 import pytest
 
-from conftest import HOME, STUDY
+from conftest import FRONT, HOME
 from researchkit.core.errors import DataError, InputError, RecordError, unknown
 from researchkit.core.extras import missing, need
 
@@ -67,7 +69,6 @@ def test_missing_reads_the_package_metadata(monkeypatch):
 
 
 def test_a_paper_without_its_extra_fails_in_one_line_and_the_rest_works(repo, tmp_path):
-    repo.paper("needy", STUDY, front=None)
     module = tmp_path / "needy.py"
     module.write_text("from researchkit.core.extras import need\nlifelines = need('lifelines', 'survival')\n")
     blocked = tmp_path / "block"
@@ -90,9 +91,6 @@ def test_every_module_imports_without_the_extras_or_names_the_one_it_needs(tmp_p
     found = papers(HOME)
     script = ("import importlib, json, sys\nout = {}\nfor name in sys.argv[1:]:\n    try:\n        importlib.import_module(name); out[name] = ''\n"
               "    except ImportError as e:\n        out[name] = str(e)\nprint(json.dumps(out))")
-    import json
-    import os
-
     done = subprocess.run([sys.executable, "-c", script, *(f"researchkit.{p.theme}.{p.slug}" for p in found)], capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": f"{tmp_path}:{HOME}"})
     assert done.returncode == 0, done.stderr
@@ -104,7 +102,5 @@ def test_every_module_imports_without_the_extras_or_names_the_one_it_needs(tmp_p
 
 
 def test_run_refuses_a_paper_whose_extra_is_missing(repo, tmp_path):
-    from conftest import FRONT
-
     repo.paper("needy", "1", front=FRONT.replace("code: null", "code: null\n  extras: [nothing_at_all]"))
     assert "nothing_at_all" in repo.refused("run", "needy")

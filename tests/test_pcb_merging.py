@@ -301,19 +301,19 @@ def test_broken_checkpoints(tmp_path):
 
 
 def test_memory_does_not_grow_with_models(tmp_path):
-    "Merging nine checkpoints of 24 MB takes hardly more memory than merging three."
+    "Merging seven checkpoints of 12 MB takes hardly more memory than merging two."
     from safetensors.torch import save_file
 
-    for i in range(10):
+    for i in range(8):
         (tmp_path / str(i)).mkdir()
-        save_file({f"w{k}": torch.randn(1500, 1000) for k in range(4)}, tmp_path / str(i) / "model.safetensors", metadata={"format": "pt"})
+        save_file({f"w{k}": torch.randn(1500, 1000) for k in range(2)}, tmp_path / str(i) / "model.safetensors", metadata={"format": "pt"})
     code = ("import resource, sys, torch; torch.set_num_threads(1); from researchkit.reuse.pcb_merging import merge_checkpoints\n"
             "top = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\nbefore = top()\n"
             "merge_checkpoints('0', [str(i) for i in range(1, 1 + int(sys.argv[1]))], 'out' + sys.argv[1], form='root'); print(top() - before)")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     small, large = [int(subprocess.run([sys.executable, "-c", code, str(n)], cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout)
-                    for n in (3, 9)]
-    assert large < small + 150 and large < 9 * 23, (small, large)
+                    for n in (2, 7)]
+    assert large < small + 60, (small, large)
 
 
 peft = pytest.importorskip("peft")

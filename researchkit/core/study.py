@@ -479,7 +479,7 @@ class _AllOf(Criterion):
         outcomes = [p.evaluate(rows) for p in self.parts]
         worst = min(outcomes, key=lambda o: _SEVERITY[o.verdict])
         at = outcomes.index(worst)
-        note = f"decided by: {self.parts[at].text()}" + (f"; {worst.note}" if worst.note else "")
+        note = "" if worst.verdict == "reproduced" else f"decided by: {self.parts[at].text()}" + (f"; {worst.note}" if worst.note else "")
         return Outcome(worst.verdict, worst.measured, worst.interval, worst.units, note)
 
 
@@ -765,12 +765,12 @@ MARKS = {"reproduced": "✓", "partly": "~", "not reproduced": "✗", "void": "�
 _STYLE = """<style>
 .rk-claims{border-collapse:collapse;width:100%;font-size:.92em}
 .rk-claims th,.rk-claims td{text-align:left;vertical-align:top;padding:.45em .6em;border-bottom:1px solid rgba(128,128,128,.35);white-space:normal;background:none}
-.rk-claims td.rk-num{white-space:nowrap;font-variant-numeric:tabular-nums}
+.rk-claims td:nth-child(2){min-width:17em}.rk-claims td.rk-num{font-variant-numeric:tabular-nums}.rk-claims td.rk-num small{white-space:nowrap}
 .rk-claims small{opacity:.8}
 .rk-badge{display:inline-block;padding:.1em .55em;border-radius:.8em;font-weight:600;white-space:nowrap;color:#fff}
 .rk-reproduced{background:#00664a}.rk-partly{background:#7a5200}.rk-not-reproduced{background:#a33c00}.rk-void{background:#8a3a6b}.rk-not-tested{background:#5a5a5a}
 @media(max-width:700px){.rk-claims thead{display:none}.rk-claims,.rk-claims tbody,.rk-claims tr,.rk-claims td{display:block;width:auto}
-.rk-claims tr{padding:.6em 0;border-bottom:1px solid rgba(128,128,128,.5)}.rk-claims td{border:0;padding:.12em 0}.rk-claims td.rk-num{white-space:normal}
+.rk-claims tr{padding:.6em 0;border-bottom:1px solid rgba(128,128,128,.5)}.rk-claims td{border:0;padding:.12em 0}.rk-claims td:nth-child(2){min-width:0}
 .rk-claims td[data-label]::before{content:attr(data-label) ": ";font-weight:600}}
 </style>"""
 
@@ -794,12 +794,14 @@ def claims_html(
     "The claims table as HTML that carries its own style."
     body = []
     for c in claims:
+        value, _, interval = html.escape(measured_text(c)).partition(" ")
+        criterion = f"<small>counts if {html.escape(c['criterion'])}</small>"
         note = f"<br><small>{html.escape(c['note'])}</small>" if c["note"] else ""
-        body.append(f'<tr><td><b>{html.escape(c["id"])}</b></td><td>{html.escape(c["statement"])}</td>'
+        body.append(f'<tr><td><b>{html.escape(c["id"])}</b></td><td>{html.escape(c["statement"])}<br>{criterion}{note}</td>'
                     f'<td data-label="Paper">{html.escape(c["paper"])}</td>'
-                    f'<td class="rk-num" data-label="Measured">{html.escape(measured_text(c))}</td>'
-                    f'<td data-label="Counts if">{html.escape(c["criterion"])}{note}</td><td>{badge(c["verdict"])}</td></tr>')
-    head = "".join(f"<th>{h}</th>" for h in ("", "Claim", "Paper", "Measured", "Counts if", "Verdict"))
+                    f'<td class="rk-num" data-label="Measured">{value}{interval and f" <small>{interval}</small>"}</td>'
+                    f'<td>{badge(c["verdict"])}</td></tr>')
+    head = "".join(f"<th>{h}</th>" for h in ("", "Claim", "Paper", "Measured", "Verdict"))
     return f'{_STYLE}<table class="rk-claims"><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
 
 

@@ -471,12 +471,14 @@ def language_model(
     *,
     seed: int = 0,  # of the initial weights
     n_layer: int = 2,
-    n_embd: int = 64,
-    n_head: int = 4,
+    n_embd: int = 48,
+    n_head: int = 2,
     n_positions: int = 64,  # longest sequence, tokens
     pretrained_config: str = "",  # hub id or path: its configuration replaces the four numbers above
 ) -> GPT2LMHeadModel:
-    """A GPT-2 with random weights, without dropout, as the paper scales its attention.
+    """A GPT-2 with random weights and with the paper's scaling of attention.
+
+    Without `pretrained_config` there is no dropout, weights start with standard deviation 0.06 and the output layer has weights of its own.
 
     Raises
     ------
@@ -493,7 +495,7 @@ def language_model(
             raise DataError(f"'{pretrained_config}' is a {config.model_type} model: a GPT-2 is needed")
     else:
         config = GPT2Config(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_positions=n_positions, initializer_range=0.06, resid_pdrop=0.0, embd_pdrop=0.0,
-                            attn_pdrop=0.0, activation_function="gelu_pytorch_tanh", **common)
+                            attn_pdrop=0.0, activation_function="gelu_pytorch_tanh", tie_word_embeddings=False, **common)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return GPT2LMHeadModel(config)
@@ -557,8 +559,8 @@ def train_language(
     seed: int = 0,  # of the order of the batches
     eval_every: int = 0,  # steps between rows of the log; 0 = only after the last
     callback: Callable | None = None,  # (step, model) -> dict, merged into the row
-    lr: float = 4e-3,  # peak learning rate
-    embedding_lr: float = 5.0,  # times `lr`, for the embeddings
+    lr: float = 2e-3,  # peak learning rate
+    embedding_lr: float = 20.0,  # times `lr`, for the embeddings and the output layer
     warmup: float = 0.1,  # share of the steps with a rising learning rate; it falls linearly to 0 afterwards
     eos_id: int | None = None,  # appended to every sentence
     accumulate: int = 1,  # parts into which a batch is split to fit into memory
@@ -581,7 +583,7 @@ def train_language(
     if not lines or min(steps, tokens_per_batch, accumulate) < 1:
         raise ValueError(f"{len(lines)} sentences of two tokens or more, steps={steps}, tokens_per_batch={tokens_per_batch}, accumulate={accumulate}: all must be at least 1")
     device, rng = _device(model), np.random.default_rng(seed)
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    embeddings = {id(module.weight) for module in (*model.modules(), model.get_output_embeddings()) if isinstance(module, torch.nn.Embedding) or module is model.get_output_embeddings()}
     groups = [dict(params=[p for p in model.parameters() if (id(p) in embeddings) == inside], lr=rate) for inside, rate in ((True, lr * embedding_lr), (False, lr))]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, max(1, round(warmup * steps)), steps + 1)
@@ -639,7 +641,7 @@ def sentence_perplexity(
     _check_ids(batch, model, 2)
     ids, mask = _pad(batch, pad_id, _device(model))
     with _evaluating(model):
-        logits = model(ids, attention_mask=None if mask.all() else mask.long(), use_cache=False).logits[:, :-1]
+        logits = model(ids, use_cache=False).logits[:, :-1]  # causal: no real token sees the padding at its right
         loss = cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none").view(len(batch), -1)
     return torch.exp((loss * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1))
 

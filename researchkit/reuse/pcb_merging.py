@@ -449,17 +449,20 @@ class _Bracket:
         return cls(rank, d, ordered[:, below].clone() if below >= 0 else -infinite, ordered[:, above].clone() if above < m else infinite)
 
     def see(self, block: Tensor) -> None:
-        "Count what lies below the bracket; keep what lies inside; count its ends, which may be there many times."
+        "Count what lies below the bracket, and keep what lies inside."
         above = block >= self.low[:, None]
         self.below += block.shape[1] - above.sum(1).cpu()
         above &= block <= self.high[:, None]
         counts = above.sum(1).tolist()
         found = torch.from_numpy(block.numpy()[above.numpy()]) if block.device.type == "cpu" else block[above]
-        for i, part in enumerate(found.split(counts)):
-            at_low, at_high = part == self.low[i], part == self.high[i]
-            self.at_low[i] += int(at_low.sum())
-            self.at_high[i] += int((at_high & ~at_low).sum())
-            self.inside[i].append(part[~(at_low | at_high)])
+        parts = found.split(counts)
+        if len(found) > block.numel() // 8:  # many equal numbers, zeros for instance: count those at the ends instead
+            for i, part in enumerate(parts):
+                self.at_low[i] += int((part == self.low[i]).sum())
+                self.at_high[i] += int(((part == self.high[i]) & (part != self.low[i])).sum())
+            parts = [part[(part != low) & (part != high)] for part, low, high in zip(parts, self.low, self.high)]
+        for kept, part in zip(self.inside, parts):
+            kept.append(part)
 
     def solve(self) -> tuple[Tensor, list[int]]:
         "The order statistics, and the rows whose rank lies outside the bracket."

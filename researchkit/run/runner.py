@@ -6,6 +6,7 @@ __all__ = ['INPUT_ERRORS', 'resolve', 'Job', 'plan', 'Result', 'Run', 'write_ato
 
 # %% ../../nbs/run/runner.ipynb #cc94587e
 import json
+import logging
 import os
 import re
 import shutil
@@ -180,7 +181,7 @@ class Run:
 
     def __init__(self, job: Job, threads: int = 1, on_heading=lambda *a: None):
         self.job, self.threads, self.on_heading = job, threads, on_heading
-        self.client, self.killed, self.started = None, "", time.monotonic()
+        self.client, self.killed, self.over, self.started = None, "", False, time.monotonic()
 
     def kill(self, reason: str) -> None:
         "End the kernel and all its child processes."
@@ -227,6 +228,7 @@ class Run:
         from papermill.engines import papermill_engines
         from papermill.exceptions import PapermillExecutionError
 
+        logging.getLogger("papermill").setLevel(logging.ERROR)  # what it warns of was checked before
         job, self.started = self.job, time.monotonic()
         try:
             job.folder.mkdir(parents=True, exist_ok=True)
@@ -234,6 +236,7 @@ class Run:
             return Result(job, "refused", error=f"output folder '{job.folder}' is not writable ({e.strerror})")
 
         def end(status, **more):
+            self.over = True
             return Result(job, status, time.monotonic() - self.started, **more)
 
         with tempfile.TemporaryDirectory(prefix="researchkit-") as scratch, open(Path(scratch) / "stderr", "w+b") as stderr:
@@ -263,18 +266,22 @@ class Run:
                 return end("failed", error=f"{type(e).__name__}: {e}", traceback="\n".join(tail))
             finally:
                 papermill_engines._engines.pop(engine, None)
-        self._finish()
         return end("done")
 
-    def _finish(self) -> None:
-        from researchkit.run.site import render_page
-
+    def finish(self, result: Result) -> Result:
+        "Write the page and the record, and give the notebook its final name."
         job = self.job
-        record = find_record(job.partial)
-        render_page(job.partial, job.page)
-        if record:
-            write_atomically(job.record, json.dumps(record, indent=1))
-        os.replace(job.partial, job.notebook)
+        try:
+            from researchkit.run.site import render_page
+
+            record = find_record(job.partial)
+            render_page(job.partial, job.page)
+            if record:
+                write_atomically(job.record, json.dumps(record, indent=1))
+            os.replace(job.partial, job.notebook)
+        except Exception as e:
+            return Result(job, "failed", result.seconds, f"{type(e).__name__}: {e}", "the page of the notebook")
+        return result
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -320,6 +327,11 @@ def finished(
         and all(record["params"].get(k) == v for k, v in job.params.items())
 
 
+def _warm_up() -> None:
+    "Import what the pages need while the first kernels are busy."
+    import nbconvert.exporters
+
+
 def execute(
     jobs: list[Job],
     parallel: int | None = None,  # jobs at once; by default as many as there are cores, at most 8
@@ -361,28 +373,36 @@ def execute(
 
     main = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, on_signal) if main else None
-    with display, ThreadPoolExecutor(parallel) as pool:
-        futures = {pool.submit(start, job): job for job in todo}
-        pending = set(futures)
-        try:
-            while pending:
-                done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-                for future in done:
-                    result = future.result()
-                    results[id(result.job)] = result
-                    display.end(result)
-                if timeout:
-                    for future in pending:
-                        run = runs[id(futures[future])]
-                        if run.client and time.monotonic() - run.started > timeout:
-                            run.kill("timed out")
-        except KeyboardInterrupt:
-            for run in runs.values():
-                run.kill("cancelled")
-            for future in pending:
-                result = future.result()
+    with display, ThreadPoolExecutor(parallel) as pool, ThreadPoolExecutor(1) as pages:
+        pages.submit(_warm_up)
+        pending = {pool.submit(start, job) for job in todo}
+        finishing = set()
+
+        def settle_one(future):
+            result = future.result()
+            if result.status == "done" and future not in finishing:
+                page = pages.submit(runs[id(result.job)].finish, result)
+                finishing.add(page)
+                pending.add(page)
+            else:
                 results[id(result.job)] = result
                 display.end(result)
+
+        try:
+            while pending:
+                done, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                pending -= done
+                for future in done:
+                    settle_one(future)
+                for run in runs.values() if timeout else ():
+                    if run.client and not run.over and time.monotonic() - run.started > timeout:
+                        run.kill("timed out")
+        except KeyboardInterrupt:
+            for run in runs.values():
+                if not run.over:
+                    run.kill("cancelled")
+            while pending:
+                settle_one(pending.pop())
         finally:
             if main:
                 signal.signal(signal.SIGTERM, previous)

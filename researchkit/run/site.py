@@ -42,7 +42,7 @@ _BEFORE = [(r"\\(?:begin|end)\{(?:aligned|gathered|equation|multline)(\*?)\}", l
            (r"\\operatorname\*?\{((?:[^{}]|\{[^{}]*\})*)\}",
             lambda m: r"\operatorname{" + re.sub(r"\\[,;: ]|~", "\u2009", re.sub(r"\\(?:mathrm|text|rm)\s*|[{}]", "", m[1])) + "}"),
            (r"\\(?:nonumber|notag|displaystyle|label\{[^}]*\})", ""),
-           (r"\\(?:bigl|bigr|Bigl|Bigr|biggl|biggr)\\([{}])", r"\\\1"),
+           (r"\\([bB]igg?)[lr]?\\([{}])", lambda m: rf"\{m[1]}\{'lbrace' if m[2] == '{' else 'rbrace'} "),
            (r"\\bm\b", r"\\boldsymbol"), (r"\\sim(?![a-z])", "\u223c"), (r"\\!", "")]
 _LETTERS = {"bold": (0x1D400, 0x1D41A, 0x1D7CE), "bold-italic": (0x1D468, 0x1D482, 0x1D7CE), "script": (0x1D4D0, 0x1D4EA, None),
             "double-struck": (0x1D538, 0x1D552, 0x1D7D8), "sans-serif": (0x1D5A0, 0x1D5BA, 0x1D7E2),
@@ -348,7 +348,7 @@ def _markdown(page: _Page):
             return f'<h{level} id="{label}">{plain}<a class="anchor" href="#{label}" aria-label="Link to this section">#</a></h{level}>\n'
 
         def image(self, text, url, title=None):
-            alt = html.escape(re.sub("<[^>]*>|\ue000\\d+\ue001", "", text))
+            alt = html.escape(html.unescape(re.sub("<[^>]*>|\ue000\\d+\ue001", "", text)))
             return f'<img src="{html.escape(page.picture(url))}" alt="{alt}">'
 
         def paragraph(self, text):
@@ -402,7 +402,7 @@ FRAGMENTS = """
 .rk-cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(18rem,100%),1fr));gap:1.3rem;margin:1.2rem 0 2rem;padding:0;list-style:none}
 .rk-card{display:flex;flex-direction:column;border:1px solid rgba(128,128,128,.35);border-radius:.7rem;overflow:hidden;min-width:0;position:relative}
 .rk-card img,.rk-card .rk-blank{display:block;width:100%;aspect-ratio:16/9;object-fit:contain;background:#fff;border-bottom:1px solid rgba(128,128,128,.25);border-radius:0;margin:0}
-.rk-card .rk-blank{display:grid;place-items:center;background:rgba(128,128,128,.14);font-size:1.5rem;font-weight:600}
+.rk-card .rk-blank{display:grid;place-items:center;text-align:center;padding:1rem;background:rgba(128,128,128,.14);font-size:1.5rem;font-weight:600}
 .rk-card div.rk-text{padding:.8rem 1rem 1rem;display:flex;flex-direction:column;gap:.45rem;flex:1}
 .rk-card a{font-weight:650;font-size:1.05rem;line-height:1.3;text-decoration:none}.rk-card a::after{content:"";position:absolute;inset:0}.rk-card:hover a{text-decoration:underline}
 .rk-card p{margin:0;font-size:.93rem;line-height:1.45}.rk-card .rk-small{margin-top:auto;opacity:.85;font-size:.84rem}
@@ -606,15 +606,16 @@ h1,h2,h3,h4{line-height:1.25;margin:2.2em 0 .6em;text-wrap:balance}h1{font-size:
 code,pre,kbd{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace;font-size:.88em}
 td code,th code{overflow-wrap:normal!important}:not(pre)>code{background:var(--panel);padding:.1em .3em;border-radius:.25em;overflow-wrap:anywhere}
 pre{background:var(--panel);border:1px solid var(--line);border-radius:.45rem;padding:.75rem .95rem;overflow-x:auto;line-height:1.5;margin:.7rem 0}
-pre.out{background:none;border-style:none none none solid;border-width:0 0 0 3px;border-radius:0;padding:.2rem .9rem}pre.out.stream{white-space:pre-wrap;overflow-wrap:anywhere}pre.err{border-left-color:#d55e00}
-details.code{margin:.35rem 0}details.code>summary{cursor:pointer;color:var(--soft);font-size:.87rem;width:max-content;padding:.1rem .5rem;border-radius:.3rem}details.code>summary:hover{color:var(--link)}
+pre.out{background:none;border-style:none none none solid;border-width:0 0 0 3px;border-radius:0;padding:.2rem .9rem}pre.out.flow{white-space:pre-wrap;overflow-wrap:anywhere}pre.err{border-left-color:#d55e00}
+details.code{margin:.35rem 0}details.code>summary{cursor:pointer;color:var(--soft);font-size:.87rem;width:fit-content;max-width:100%;overflow-wrap:anywhere;padding:.1rem .5rem;border-radius:.3rem}details.code>summary:hover{color:var(--link)}
 .hl .k,.hl .kn,.hl .kc,.hl .kd,.hl .kr,.hl .kt,.hl .ow{color:var(--kw)}.hl .s,.hl .sa,.hl .sb,.hl .sd,.hl .s1,.hl .s2,.hl .si,.hl .se,.hl .sr{color:var(--str)}
 .hl .m,.hl .mi,.hl .mf,.hl .mh{color:var(--num)}.hl .c,.hl .c1,.hl .cm,.hl .ch{color:var(--com);font-style:italic}.hl .nf,.hl .nc,.hl .fm,.hl .nd{color:var(--fun)}
 .cell{margin:.9rem 0}.cell:has(>details:only-child){margin:.35rem 0}.html-out,.table-box{overflow-x:auto;margin:.9rem 0}
 table{border-collapse:collapse;font-size:.92em;font-variant-numeric:tabular-nums}th,td{padding:.38rem .7rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}thead th{border-bottom:2px solid var(--line)}
-table.dataframe{border:0}.dataframe th,.dataframe td{text-align:right;white-space:nowrap}.dataframe tbody th{text-align:left}
+table.dataframe{border:0}.dataframe th,.dataframe td{border:0;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}.dataframe tbody th{text-align:left}
 figure{margin:1.3rem 0}img{max-width:100%;height:auto}figure img,.cell>img{display:block;margin:0 auto;border-radius:.45rem}.cell>img,.cell>figure>img{background:#fff}
 figcaption{color:var(--soft);font-size:.92rem;margin:.5rem 0;line-height:1.45}
+.table-box th{white-space:nowrap}mtd[columnalign=left]{text-align:left}mtd[columnalign=right]{text-align:right}mtable[columnspacing^="0em"] mtd{padding-left:0;padding-right:0}
 .nb{white-space:nowrap}math{font-size:1.06em;font-family:"STIX Two Math","Latin Modern Math","Cambria Math","Libertinus Math","Noto Sans Math",math}.eq{display:flex;align-items:center;margin:1rem 0;max-width:100%;overflow-x:auto;overflow-y:hidden;padding:.35rem 0}.eq-body{flex:1;text-align:center}.eq-number{padding-left:1.2rem;color:var(--soft)}
 blockquote{margin:1rem 0;padding:.1rem 1.1rem;border-left:3px solid var(--accent);color:var(--soft)}hr{border:0;border-top:1px solid var(--line);margin:2rem 0}
 [class*=callout]{border-left:4px solid var(--accent);background:var(--panel);padding:.2rem 1rem;border-radius:.3rem;margin:1rem 0}
@@ -665,7 +666,7 @@ TEMPLATE = """
 </div>
 {% endblock codecell -%}
 {%- block execute_result -%}{{ self.data_priority() }}{%- endblock execute_result -%}
-{%- block stream -%}<pre class="out stream" tabindex="0">{{ output.text | ansi2html }}</pre>{%- endblock stream -%}
+{%- block stream -%}<pre class="out{{ '' if output.columns else ' flow' }}" tabindex="0">{{ output.text | ansi2html }}</pre>{%- endblock stream -%}
 {%- block error -%}<pre class="out err" tabindex="0">{{ output.traceback | join('\\n') | ansi2html }}</pre>{%- endblock error -%}
 {%- block data_svg -%}<img src="data:image/svg+xml;base64,{{ output.data['image/svg+xml'] | page_base64 }}" alt="{{ cell.metadata.page.alt }}">{%- endblock data_svg -%}
 {%- block data_png -%}<img src="data:image/png;base64,{{ output.data['image/png'] | replace('\\n', '') }}" alt="{{ cell.metadata.page.alt }}">{%- endblock data_png -%}
@@ -733,6 +734,21 @@ def _front(nb: dict) -> dict:
     return data if isinstance(data, dict) else {}
 
 
+def _merge(outputs: list) -> list:
+    "Outputs with their text in one piece, and consecutive pieces of one stream joined."
+    merged = []
+    for output in outputs:
+        if "data" in output:
+            output = {**output, "data": {k: _text(v) for k, v in output["data"].items() if not k.startswith("application/")}}
+        elif "text" in output:
+            output = {**output, "text": _text(output["text"])}
+            if merged and merged[-1].get("name") == output.get("name"):
+                output["text"] = merged.pop()["text"] + output["text"]
+            output["columns"] = bool(re.search(r"\S {2,}\S", output["text"]))  # aligned columns are not wrapped
+        merged.append(output)
+    return merged
+
+
 def _prepare(nb: dict, page: _Page) -> dict:
     "The cells to show; how each is shown stands in its metadata."
     cells = []
@@ -755,12 +771,7 @@ def _prepare(nb: dict, page: _Page) -> dict:
                 code=highlight(code) if show else "", open=options.get("code-fold") in (False, "show"),
                 summary=html.escape(str(options.get("code-summary") or cell_summary(code, cell["metadata"].get("tags", [])))), output=options.get("output", True) is not False,
                 caption=caption, label=label, alt=html.escape(str(options.get("fig-alt") or plain or "Output of the code above"), quote=True))
-            for output in outputs:
-                if "data" in output:
-                    output["data"] = {k: (_text(v) if isinstance(v, (list, str)) and not k.endswith("json") else v)
-                                      for k, v in output["data"].items() if not k.startswith("application/")}
-                elif "text" in output:
-                    output["text"] = _text(output["text"])
+            cell["outputs"] = _merge(outputs)
         cells.append(cell)
     return {**nb, "cells": cells}
 
@@ -1184,7 +1195,7 @@ def _symbols(pages: dict[str, str]) -> dict[str, str]:
     for path, text in pages.items():
         for anchor in re.findall(r"^##+ \S+ \{#([\w.]+)\}$", text, flags=re.M):
             (twice.add(anchor) if anchor in found else found.setdefault(anchor, f"{_page_of(path)}#{anchor}"))
-    return {name: to for name, to in found.items() if name not in twice and ("_" in name.strip("_") or re.search(r"[a-z][A-Z]|^[A-Z][a-z]{3,}|\w\.\w", name))}
+    return {name: to for name, to in found.items() if name not in twice and re.search(r"[a-z0-9]_[a-z0-9]|[a-z][A-Z]|\w\.\w", name)}
 
 # %% ../../nbs/run/site.ipynb #513f13c5
 HINT = "Quarto is not installed; the site was built with nbconvert instead. To get Quarto: https://quarto.org/docs/get-started/"
