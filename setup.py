@@ -26,7 +26,6 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["researchkit", "researchkit.*"]),
     include_package_data=True,
-    package_data={"researchkit": ["run/assets/*"]},
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
     entry_points={"console_scripts": cfg["console_scripts"].split()},

@@ -300,7 +300,7 @@ def test_new_passes_check_but_for_its_claims(tiny):
 
 
 def test_publish_check_verify(repo):
-    one, two = (repo.paper(slug, "## Claims", "#| export\ndef f(): return 1", RECORD, "## Use it on your own model", "print(object())") for slug in ("one", "two"))
+    one, two = (repo.paper(slug, "## Claims", "#| export\nfrom researchkit.core.errors import InputError", "#| export\ndef f(): return 1", RECORD, "## Use it on your own model", "print(object())") for slug in ("one", "two"))
     for slug in ("one", "two"):
         (one.parent / f"{slug}.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
     home = notebook("index", "# Home", parameters=None, front="---\ntitle: t\ndescription: d\n---")

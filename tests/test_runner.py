@@ -11,7 +11,7 @@ import pytest
 
 from conftest import RECORD, alive, notebook, tree, write
 from researchkit.core.errors import InputError
-from researchkit.run import runner
+from researchkit.run import site
 from researchkit.run.runner import Job, Progress, Result, clock, cores, execute, finished, plan, resolve, write_atomically
 
 
@@ -102,7 +102,10 @@ def test_a_refused_run_leaves_the_folders_that_were_there(make, tmp_path):
 
 
 def test_results_that_cannot_be_written_fail_alone(make, monkeypatch):
-    monkeypatch.setattr(runner.Run, "_finish", lambda self: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(site, "render_page", full)
     (result,) = execute([make("one", "1")])
     assert result.status == "failed" and "No space left on device" in result.error
 

@@ -42,7 +42,6 @@ _BEFORE = [(r"\\(?:begin|end)\{(?:aligned|gathered|equation|multline)(\*?)\}", l
            (r"\\operatorname\*?\{((?:[^{}]|\{[^{}]*\})*)\}",
             lambda m: r"\operatorname{" + re.sub(r"\\[,;: ]|~", "\u2009", re.sub(r"\\(?:mathrm|text|rm)\s*|[{}]", "", m[1])) + "}"),
            (r"\\(?:nonumber|notag|displaystyle|label\{[^}]*\})", ""),
-           (r"\\([bB]igg?)[lr]?\\([{}])", lambda m: rf"\{m[1]}\{'lbrace' if m[2] == '{' else 'rbrace'} "),
            (r"\\bm\b", r"\\boldsymbol"), (r"\\sim(?![a-z])", "\u223c"), (r"\\!", "")]
 _LETTERS = {"bold": (0x1D400, 0x1D41A, 0x1D7CE), "bold-italic": (0x1D468, 0x1D482, 0x1D7CE), "script": (0x1D4D0, 0x1D4EA, None),
             "double-struck": (0x1D538, 0x1D552, 0x1D7D8), "sans-serif": (0x1D5A0, 0x1D5BA, 0x1D7E2),
@@ -94,6 +93,8 @@ def mathml(
     out = out.replace('<mo accent="true">&#x02015;</mo>', '<mo stretchy="true">&#x203E;</mo>')
     out = re.sub(r"<mo>(∞|∅|⊤|&#x0221E;|&#x02205;|&#x022A4;)</mo>", r"<mi>\1</mi>", out)
     out = out.replace("<mo>&#x0002F;</mo>", '<mo lspace="0" rspace="0">/</mo>')
+    out = re.sub(r">\\(\{|\}|\||lbrace|rbrace|lVert|rVert)<", lambda m: f">{ {'{': '{', '}': '}', 'lbrace': '{', 'rbrace': '}'}.get(m[1], '‖')}<", out)
+    out = re.sub(r"<m[io](?: stretchy=\"false\")?>(?:\||&#x0007C;)</m[io]>", '<mo stretchy="false" lspace="0" rspace="0">|</mo>', out)
     out = out.replace("<mo />", "").replace('width="negativethinmathspace"', 'width="-0.167em"')
     return re.sub(r"<mo>(max|min|sup|inf|lim|arg\u2009max|arg\u2009min)</mo>", r'<mo movablelimits="true" lspace="0.167em" rspace="0.167em">\1</mo>', out)
 
@@ -616,7 +617,7 @@ table.dataframe{border:0}.dataframe th,.dataframe td{border:0;border-bottom:1px 
 figure{margin:1.3rem 0}img{max-width:100%;height:auto}figure img,.cell>img{display:block;margin:0 auto;border-radius:.45rem}.cell>img,.cell>figure>img{background:#fff}
 figcaption{color:var(--soft);font-size:.92rem;margin:.5rem 0;line-height:1.45}
 .table-box th{white-space:nowrap}mtd[columnalign=left]{text-align:left}mtd[columnalign=right]{text-align:right}mtable[columnspacing^="0em"] mtd{padding-left:0;padding-right:0}
-.nb{white-space:nowrap}math{font-size:1.06em;font-family:"STIX Two Math","Latin Modern Math","Cambria Math","Libertinus Math","Noto Sans Math",math}.eq{display:flex;align-items:center;margin:1rem 0;max-width:100%;overflow-x:auto;overflow-y:hidden;padding:.35rem 0}.eq-body{flex:1;text-align:center}.eq-number{padding-left:1.2rem;color:var(--soft)}
+.nb{white-space:nowrap}math{font-size:1.06em;font-family:"STIX Two Math","Latin Modern Math","Cambria Math","Libertinus Math","Noto Sans Math",math}.eq{display:flex;align-items:center;margin:1rem 0;max-width:100%;overflow-x:auto;overflow-y:hidden;padding:.35rem 0}.eq-body{flex:1;text-align:center}.eq-number{padding-left:.8rem;color:var(--soft);position:sticky;right:0;background:var(--bg)}
 blockquote{margin:1rem 0;padding:.1rem 1.1rem;border-left:3px solid var(--accent);color:var(--soft)}hr{border:0;border-top:1px solid var(--line);margin:2rem 0}
 [class*=callout]{border-left:4px solid var(--accent);background:var(--panel);padding:.2rem 1rem;border-radius:.3rem;margin:1rem 0}
 .footnotes{font-size:.9rem;color:var(--soft)}
