@@ -473,8 +473,9 @@ def language_model(
     n_layer: int = 2,
     n_embd: int = 48,
     n_head: int = 2,
+    n_inner: int | None = None,  # width of the feed-forward layers; None = 4 n_embd
     n_positions: int = 64,  # longest sequence, tokens
-    pretrained_config: str = "",  # hub id or path: its configuration replaces the four numbers above
+    pretrained_config: str = "",  # hub id or path: its configuration replaces the five numbers above
 ) -> GPT2LMHeadModel:
     """A GPT-2 with random weights and with the paper's scaling of attention.
 
@@ -494,7 +495,7 @@ def language_model(
         if not isinstance(config, GPT2Config):
             raise DataError(f"'{pretrained_config}' is a {config.model_type} model: a GPT-2 is needed")
     else:
-        config = GPT2Config(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_positions=n_positions, initializer_range=0.06, resid_pdrop=0.0, embd_pdrop=0.0,
+        config = GPT2Config(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_inner=n_inner, n_positions=n_positions, initializer_range=0.06, resid_pdrop=0.0, embd_pdrop=0.0,
                             attn_pdrop=0.0, activation_function="gelu_pytorch_tanh", tie_word_embeddings=False, **common)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
