@@ -6,6 +6,7 @@ __all__ = ['app', 'Names', 'MaybeNames', 'Jobs', 'list_', 'show', 'run', 'verify
 
 # %% ../nbs/cli.ipynb #bc672338
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Optional
@@ -13,6 +14,7 @@ from typing import Annotated, Optional
 import typer
 
 from .core.errors import InputError
+from .core.notebook import MARKS, measured_text
 
 # %% ../nbs/cli.ipynb #d1f08757
 app = typer.Typer(name="researchkit", no_args_is_help=True, add_completion=False, context_settings={"help_option_names": ["-h", "--help"]}, pretty_exceptions_enable=False,
@@ -41,65 +43,70 @@ def _progress(jobs):
 
 
 _COLOURS = {"reproduced": "green", "partly": "yellow", "not reproduced": "red", "void": "magenta", "not tested": "dim"}
-_MARKS = {"reproduced": "✓", "partly": "~", "not reproduced": "✗", "void": "∅", "not tested": "–"}
 
 
 def _counts(claims) -> str:
     found = [c["verdict"] for c in claims]
-    return " ".join(f"[{_COLOURS[v]}]{_MARKS[v]}{found.count(v)}[/]" for v in _MARKS if v in found)
+    return " ".join(f"[{_COLOURS[v]}]{MARKS[v]}{found.count(v)}[/]" for v in MARKS if v in found)
 
 
 @app.callback()
 def _root(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False):
-    _state["debug"] = debug
+    _state["debug"] |= debug
 
 # %% ../nbs/cli.ipynb #ee8fcf00
 @app.command("list")
 def list_(theme: Annotated[Optional[str], typer.Argument(help="Only this theme.")] = None,
           as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False):
     "List the papers and the verdicts of their claims."
-    from researchkit.core.errors import unknown
+    from researchkit.core.errors import RecordError, unknown
     from researchkit.core.notebook import THEMES, find_record, papers
 
     if theme is not None and theme not in THEMES:
         raise unknown("theme", theme, THEMES)
     found = [(p, find_record(p.path)) for p in papers() if theme in (None, p.theme)]
+    for p, r in found:
+        if r is not None and not {"claims", "cpu_seconds"} <= r.keys():
+            raise RecordError(f"{p.path}: its record lacks claims or cpu_seconds: publish it again")
     if as_json:
         rows = [dict(slug=p.slug, theme=p.theme, title=p.title, description=p.description, paper=p.paper_title, authors=p.authors,
                      year=p.year, venue=p.venue, arxiv=p.arxiv, cpu_seconds=r and r["cpu_seconds"],
                      claims={c["id"]: c["verdict"] for c in r["claims"]} if r else None) for p, r in found]
         print(json.dumps(rows, indent=1))
         return
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for column in ("paper", "theme", "what it does", "venue", "claims", "CPU s"):
         table.add_column(column, no_wrap=column in ("paper", "theme", "claims"), justify="right" if column == "CPU s" else "left")
     for p, r in found:
-        table.add_row(p.slug, p.theme, p.description, p.venue, _counts(r["claims"]) if r else "[dim]unpublished[/]",
+        table.add_row(p.slug, p.theme, escape(p.description), escape(p.venue), _counts(r["claims"]) if r else "[dim]unpublished[/]",
                       f"{r['cpu_seconds']:.0f}" if r else "")
     console = _console()
     console.print(table)
-    console.print("\n[dim]" + "  ".join(f"{m} {v}" for v, m in _MARKS.items()) + "[/]")
+    console.print("\n[dim]" + "  ".join(f"{m} {v}" for v, m in MARKS.items()) + "[/]")
 
 # %% ../nbs/cli.ipynb #44b7a1ad
 def _claims_table(record):
+    from rich.markup import escape
     from rich.table import Table
-
-    from researchkit.core.study import measured_text
 
     table = Table(header_style="bold", expand=False)
     for column in ("", "claim", "paper", "measured", "counts if", "verdict"):
         table.add_column(column, no_wrap=column in ("", "verdict"))
     for c in record["claims"]:
-        table.add_row(c["id"], c["statement"], c["paper"], measured_text(c), c["criterion"] + (f"\n[dim]{c['note']}[/]" if c["note"] else ""),
-                      f"[{_COLOURS[c['verdict']]}]{_MARKS[c['verdict']]} {c['verdict']}[/]")
+        table.add_row(*map(escape, (c["id"], c["statement"], c["paper"], measured_text(c))),
+                      escape(c["criterion"]) + (f"\n[dim]{escape(c['note'])}[/]" if c["note"] else ""),
+                      f"[{_COLOURS[c['verdict']]}]{MARKS[c['verdict']]} {c['verdict']}[/]")
     return table
 
 
 @app.command()
 def show(slug: Annotated[str, typer.Argument(help="A paper.")]):
     "Show a paper's facts, parameters and published claims."
+    from rich.markup import escape
+
     from researchkit.core.notebook import find_paper, find_record, load_notebook, parameters, read_paper
     from researchkit.core.study import validate_record
 
@@ -109,16 +116,16 @@ def show(slug: Annotated[str, typer.Argument(help="A paper.")]):
     if record:
         validate_record(record, slug)
     console = _console()
-    console.print(f"[bold]{paper.title}[/]\n{paper.description}\n")
+    console.print(f"[bold]{escape(paper.title)}[/]\n{escape(paper.description)}\n")
     facts = {"paper": paper.paper_title, "authors": ", ".join(paper.authors), "venue": f"{paper.venue} ({paper.year})",
              "arXiv": paper.arxiv, "code": paper.code, "theme": paper.theme, "notebook": str(path),
              "module": f"researchkit.{paper.theme}.{paper.slug}", "extras": ", ".join(paper.extras)}
     for key, value in facts.items():
         if value:
-            console.print(f"[dim]{key:9}[/] {value}", soft_wrap=True)
+            console.print(f"[dim]{key:9}[/] {escape(value)}", soft_wrap=True)
     console.print("\n[bold]Parameters[/] (researchkit run " + slug + " -p name=value)")
     for p in declared.values():
-        console.print(f"  {p}" + (f"   [dim]{p.comment}[/]" if p.comment else ""), markup=True, soft_wrap=True)
+        console.print(f"  {escape(str(p))}" + (f"   [dim]{escape(p.comment)}[/]" if p.comment else ""), soft_wrap=True)
     console.print()
     if record:
         console.print(_claims_table(record))
@@ -152,7 +159,7 @@ def _report(results) -> int:
                 console.print(f"[dim]profile {record['profile']}, {record['cpu_seconds']:.0f} CPU-seconds after the imports[/]")
             for name, path in (("notebook", r.job.notebook), ("page", r.job.page), ("record", r.job.record)):
                 if path.exists():
-                    console.print(f"{name:9} {path}", soft_wrap=True)
+                    console.print(f"{name:9} {path}", soft_wrap=True, markup=False)
     code = 0
     for r in results:
         if r.status == "refused":
@@ -291,16 +298,11 @@ def doctor():
 # %% ../nbs/cli.ipynb #106c89e6
 def main(argv: list[str] | None = None) -> None:
     "Run the command line and exit."
-    import click
-
+    argv = list(sys.argv[1:] if argv is None else argv)
+    _state["debug"] = "--debug" in argv  # wherever it stands
     try:
-        code = app(argv, standalone_mode=False)
-    except click.exceptions.Abort:
-        code = 130
-    except click.ClickException as e:
-        e.show()
-        code = 2
-    except KeyboardInterrupt:
+        code = app([a for a in argv if a != "--debug"], standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         code = 130
     except (InputError, ImportError) as e:
@@ -308,9 +310,18 @@ def main(argv: list[str] | None = None) -> None:
             raise
         print(f"error: {e}", file=sys.stderr)
         code = 2
+    except BrokenPipeError:  # the reader went away: `researchkit list | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except OSError as e:
         if _state["debug"]:
             raise
         print(f"error: {e.strerror or e}" + (f": {e.filename}" if e.filename else ""), file=sys.stderr)
+        code = 2
+    except Exception as e:
+        if not hasattr(e, "format_message"):  # click's usage errors, of click or of typer's own copy of it
+            raise
+        if e.format_message():
+            print(f"error: {e.format_message()} (see researchkit --help)", file=sys.stderr)
         code = 2
     sys.exit(code)

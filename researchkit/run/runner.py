@@ -43,7 +43,10 @@ def resolve(
         elif name in paths:
             found.append(paths[name])
         elif name in THEMES:
-            found += [p for p in paths.values() if p.parent.name == name]
+            there = [p for p in paths.values() if p.parent.name == name]
+            if not there:
+                raise InputError(f"theme '{name}' has no papers yet")
+            found += there
         elif name.endswith(".ipynb") and Path(name).is_file():
             found.append(Path(name).resolve())
         else:
@@ -120,16 +123,22 @@ def plan(
         given = dict(given or {})
         if "profile" in declared:
             given.setdefault("profile", profile)
-        params = settle(declared, given)
+        try:
+            params = settle(declared, given)
+        except InputError as e:
+            raise InputError(f"{path.stem}: {e}") from None
         profile = params.get("profile", profile)
-    absent = missing(paper.extras) if paper else []
+    try:
+        absent = missing(paper.extras) if paper else []
+    except InputError as e:
+        raise InputError(f"{path}: front matter: {e}") from None
     if absent:
         extras = ",".join(paper.extras)
         raise InputError(f"{path.stem} needs {', '.join(absent)}: pip install 'researchkit[{extras}]'")
     folder = Path(out).absolute() / path.stem / profile
     _refuse_unwritable(folder)
     published = find_record(path) if paper else None
-    expected = published["cpu_seconds"] if published and published.get("profile") == "cpu" else 0.0
+    expected = published.get("cpu_seconds", 0.0) if published and published.get("profile") == "cpu" else 0.0
     return Job(path.resolve(), folder, params, profile, code_hash(nb), expected)
 
 # %% ../../nbs/run/runner.ipynb #075f2e68
@@ -181,7 +190,7 @@ class Run:
 
     def __init__(self, job: Job, threads: int = 1, on_heading=lambda *a: None):
         self.job, self.threads, self.on_heading = job, threads, on_heading
-        self.client, self.killed, self.over, self.started = None, "", False, time.monotonic()
+        self.client, self.killed, self.over, self.at, self.started = None, "", False, "", time.monotonic()
 
     def kill(self, reason: str) -> None:
         "End the kernel and all its child processes."
@@ -198,6 +207,8 @@ class Run:
                 pass
 
     def _engine(self, env: dict, stderr):
+        from jupyter_client import AsyncKernelManager
+        from jupyter_client.kernelspec import KernelSpecManager
         from papermill.clientwrap import PapermillNotebookClient
         from papermill.engines import NBClientEngine
 
@@ -210,26 +221,30 @@ class Run:
                 headings, start = _headings(cells), nb_man.cell_start
 
                 def cell_start(cell, cell_index=None, **kw):
-                    run.on_heading(run.job, headings[cell_index], cell_index, len(cells))
+                    run.at = headings[cell_index]
+                    run.on_heading(run.job, run.at, cell_index, len(cells))
                     return start(cell, cell_index, **kw)
 
                 nb_man.cell_start = cell_start
-                run.client = PapermillNotebookClient(nb_man, kernel_name=kernel_name, startup_timeout=start_timeout, timeout=None)
+                run.client = PapermillNotebookClient(nb_man, kernel_name="python3", startup_timeout=start_timeout, timeout=None)
+                # this Python and no other, whatever kernels are installed; nor is ~/.ipython made to look for them
+                run.client.km = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
                 if run.killed:
                     raise RuntimeError(run.killed)
-                return run.client.execute(env=env, cwd=str(run.job.folder), stderr=stderr)
+                return run.client.execute(env=env, cwd=str(run.job.folder), stdout=stderr, stderr=stderr)
 
         return Engine
 
     def go(self) -> Result:
         "Run the notebook to its end, and say how it ended."
+        job, self.started = self.job, time.monotonic()
         import papermill
         from nbclient.exceptions import DeadKernelError
         from papermill.engines import papermill_engines
         from papermill.exceptions import PapermillExecutionError
 
         logging.getLogger("papermill").setLevel(logging.ERROR)  # what it warns of was checked before
-        job, self.started = self.job, time.monotonic()
+        new = [p for p in (job.folder, *job.folder.parents) if not p.exists()]
         try:
             job.folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
@@ -245,25 +260,28 @@ class Run:
             engine = f"researchkit-{id(self)}"
             papermill_engines.register(engine, self._engine(env, stderr))
             try:
-                papermill.execute_notebook(str(job.path), str(job.partial), parameters=job.params, engine_name=engine,
-                                           progress_bar=False, autosave_cell_every=0)
+                papermill.execute_notebook(str(job.path), str(job.partial), parameters=job.params, engine_name=engine, kernel_name="python3",
+                                           language="python", progress_bar=False, autosave_cell_every=0)
             except PapermillExecutionError as e:
                 if self.killed:
                     return end(self.killed, error=self.killed)
                 if e.ename in INPUT_ERRORS:
                     job.partial.unlink(missing_ok=True)
-                    _remove_if_empty(job.folder)
-                    return end("refused", error=_ANSI.sub("", e.evalue))
+                    _remove_if_empty(new)
+                    return end("refused", error=" ".join(_ANSI.sub("", e.evalue).split()))
                 cells = json.loads(job.partial.read_text(encoding="utf-8"))["cells"]
                 failed = next((i for i, c in enumerate(cells) for o in c.get("outputs", []) if o["output_type"] == "error"), 0)
                 return end("failed", error=_ANSI.sub("", f"{e.ename}: {e.evalue}"), heading=_headings(cells)[failed],
                            traceback=_ANSI.sub("", "\n".join(e.traceback)))
-            except (DeadKernelError, RuntimeError, OSError) as e:
+            except Exception as e:  # whatever goes wrong with one notebook must not end the others
                 if self.killed:
                     return end(self.killed, error=self.killed)
                 stderr.seek(0)
                 tail = stderr.read().decode(errors="replace").strip().splitlines()[-5:]
-                return end("failed", error=f"{type(e).__name__}: {e}", traceback="\n".join(tail))
+                error = f"{type(e).__name__}: {e}"
+                if isinstance(e, DeadKernelError):
+                    error += " (out of memory, a crash in a library, or an exit)" + (f"; its last words: {tail[-1]}" if tail else "")
+                return end("failed", error=error, heading=self.at, traceback="\n".join(tail))
             finally:
                 papermill_engines._engines.pop(engine, None)
         return end("done")
@@ -284,8 +302,8 @@ class Run:
         return result
 
 
-def _remove_if_empty(folder: Path) -> None:
-    for at in (folder, folder.parent, folder.parent.parent):
+def _remove_if_empty(folders: list[Path]) -> None:
+    for at in folders:
         try:
             at.rmdir()
         except OSError:
@@ -322,9 +340,8 @@ def finished(
     "Whether the job's result is there already: same code, same profile, same parameters."
     if not job.notebook.exists():
         return False
-    record = find_record(job.notebook)
-    return bool(record) and record["code_hash"] == job.hash and record["profile"] == job.profile \
-        and all(record["params"].get(k) == v for k, v in job.params.items())
+    nb = load_notebook(job.notebook)
+    return code_hash(nb) == job.hash and nb["metadata"].get("papermill", {}).get("parameters") == job.params
 
 
 def _warm_up() -> None:
@@ -368,44 +385,35 @@ def execute(
         display.start(job)
         return run.go()
 
-    def on_signal(signum, frame):
-        raise KeyboardInterrupt
-
+    interrupted = threading.Event()
     main = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, on_signal) if main else None
-    with display, ThreadPoolExecutor(parallel) as pool, ThreadPoolExecutor(1) as pages:
-        pages.submit(_warm_up)
-        pending = {pool.submit(start, job) for job in todo}
-        finishing = set()
-
-        def settle_one(future):
-            result = future.result()
-            if result.status == "done" and future not in finishing:
-                page = pages.submit(runs[id(result.job)].finish, result)
-                finishing.add(page)
-                pending.add(page)
-            else:
-                results[id(result.job)] = result
-                display.end(result)
-
-        try:
+    signals = (signal.SIGINT, signal.SIGTERM) if main else ()
+    previous = {s: signal.signal(s, lambda *_: interrupted.set()) for s in signals}
+    try:
+        with display, ThreadPoolExecutor(parallel) as pool, ThreadPoolExecutor(1) as pages:
+            pages.submit(_warm_up)
+            pending = {pool.submit(start, job) for job in todo}
+            finishing = set()
             while pending:
                 done, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
                 pending -= done
                 for future in done:
-                    settle_one(future)
-                for run in runs.values() if timeout else ():
-                    if run.client and not run.over and time.monotonic() - run.started > timeout:
+                    result = future.result()
+                    if result.status == "done" and future not in finishing:
+                        page = pages.submit(runs[id(result.job)].finish, result)
+                        finishing.add(page)
+                        pending.add(page)
+                    else:
+                        results[id(result.job)] = result
+                        display.end(result)
+                for run in runs.values():  # again at every look: a kernel that is just starting has no process yet
+                    if interrupted.is_set() and not run.over:
+                        run.kill("cancelled")
+                    elif timeout and run.client and not run.over and time.monotonic() - run.started > timeout:
                         run.kill("timed out")
-        except KeyboardInterrupt:
-            for run in runs.values():
-                if not run.over:
-                    run.kill("cancelled")
-            while pending:
-                settle_one(pending.pop())
-        finally:
-            if main:
-                signal.signal(signal.SIGTERM, previous)
+    finally:
+        for s, handler in previous.items():
+            signal.signal(s, handler)
     return [results[id(j)] for j in jobs]
 
 # %% ../../nbs/run/runner.ipynb #b6ee497d
