@@ -307,13 +307,13 @@ def test_memory_does_not_grow_with_models(tmp_path):
     for i in range(8):
         (tmp_path / str(i)).mkdir()
         save_file({f"w{k}": torch.randn(1500, 1000) for k in range(2)}, tmp_path / str(i) / "model.safetensors", metadata={"format": "pt"})
-    code = ("import resource, sys, torch; torch.set_num_threads(1); from researchkit.reuse.pcb_merging import merge_checkpoints\n"
-            "top = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\nbefore = top()\n"
-            "merge_checkpoints('0', [str(i) for i in range(1, 1 + int(sys.argv[1]))], 'out' + sys.argv[1], form='root'); print(top() - before)")
+    code = ("import resource, torch; torch.set_num_threads(1); from researchkit.reuse.pcb_merging import merge_checkpoints\n"
+            "for n in (2, 7):\n    merge_checkpoints('0', [str(i) for i in range(1, 1 + n)], f'out{n}', form='root')\n"
+            "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    small, large = [int(subprocess.run([sys.executable, "-c", code, str(n)], cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout)
-                    for n in (2, 7)]
-    assert large < small + 60, (small, large)
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
+    two, seven = map(int, out.split())
+    assert seven < two + 60
 
 
 peft = pytest.importorskip("peft")
@@ -431,7 +431,7 @@ def test_full_profile(tmp_path):
             out.writerow(["text", "label"])
             out.writerows([f"the {'good' if k % 2 else 'bad'} {'film' if k % 3 else 'meal'}", k % 2] for k in range(60))
     papermill.execute_notebook(ROOT / "nbs/reuse/pcb_merging.ipynb", tmp_path / "out.ipynb", cwd=tmp_path, progress_bar=False, parameters=dict(
-        profile="full", seeds=[0, 1, 2], model=str(tmp_path / "base"), finetuned=[str(tmp_path / f"tuned{i}") for i in range(2)],
+        profile="full", seeds=[0], model=str(tmp_path / "base"), finetuned=[str(tmp_path / f"tuned{i}") for i in range(2)],
         dataset=[str(tmp_path / f"data{i}") for i in range(2)]))
     outputs = [o for c in nbformat.read(tmp_path / "out.ipynb", 4).cells if c.cell_type == "code" for o in c.outputs]
     records = [o["data"]["application/vnd.researchkit.record+json"] for o in outputs if "application/vnd.researchkit.record+json" in o.get("data", {})]

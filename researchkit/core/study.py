@@ -56,7 +56,7 @@ def mean_interval(
     if method == "t" or (method == "auto" and x.size < FEW):
         low, high = stats.t.interval(confidence, x.size - 1, loc=x.mean(), scale=stats.sem(x))
     else:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
             warnings.simplefilter("ignore", stats.DegenerateDataWarning)
             boot = stats.bootstrap((x,), np.mean, n_resamples=9999, confidence_level=confidence, rng=np.random.default_rng(0))
         low, high = boot.confidence_interval

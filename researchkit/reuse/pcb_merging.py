@@ -434,11 +434,10 @@ def _kth(x: Tensor, k: int) -> Tensor:
 class _Bracket:
     "One rank of every row: an interval that probably holds it, and what one pass over the data finds there."
 
-    def __init__(self, rank: int, d: int, low: Tensor, high: Tensor):
+    def __init__(self, rank: int, low: Tensor, high: Tensor, room: int):
         self.rank, self.low, self.high = rank, low, high
-        self.below = torch.zeros(len(low), dtype=torch.long)
-        self.at_low, self.at_high = self.below.clone(), self.below.clone()
-        self.inside = [[] for _ in low]
+        self.below, self.at_low, self.at_high = [torch.zeros(len(low), dtype=torch.long) for _ in range(3)]
+        self.inside, self.count = [low.new_empty(room) for _ in low], [0] * len(low)
 
     @classmethod
     def from_sample(cls, rank: int, d: int, ordered: Tensor) -> "_Bracket":
@@ -446,7 +445,8 @@ class _Bracket:
         slack = 6 * (m * p * (1 - p)) ** 0.5 + 6  # six standard deviations of the sample's rank
         below, above = int(m * p - slack), int(m * p + slack) + 1
         infinite = torch.full_like(ordered[:, 0], torch.inf)
-        return cls(rank, d, ordered[:, below].clone() if below >= 0 else -infinite, ordered[:, above].clone() if above < m else infinite)
+        low, high = ordered[:, below].clone() if below >= 0 else -infinite, ordered[:, above].clone() if above < m else infinite
+        return cls(rank, low, high, int(2.5 * slack * d / m) + 64)
 
     def see(self, block: Tensor) -> None:
         "Count what lies below the bracket, and keep what lies inside."
@@ -455,24 +455,27 @@ class _Bracket:
         above &= block <= self.high[:, None]
         counts = above.sum(1).tolist()
         found = torch.from_numpy(block.numpy()[above.numpy()]) if block.device.type == "cpu" else block[above]
-        parts = found.split(counts)
-        if len(found) > block.numel() // 8:  # many equal numbers, zeros for instance: count those at the ends instead
-            for i, part in enumerate(parts):
+        many = len(found) > block.numel() // 8  # equal numbers, zeros for instance: count those at the ends instead
+        for i, part in enumerate(found.split(counts)):
+            if many:
                 self.at_low[i] += int((part == self.low[i]).sum())
                 self.at_high[i] += int(((part == self.high[i]) & (part != self.low[i])).sum())
-            parts = [part[(part != low) & (part != high)] for part, low, high in zip(parts, self.low, self.high)]
-        for kept, part in zip(self.inside, parts):
-            kept.append(part)
+                part = part[(part != self.low[i]) & (part != self.high[i])]
+            have, total = self.count[i], self.count[i] + len(part)
+            if total > len(self.inside[i]):
+                self.inside[i] = torch.cat([self.inside[i][:have], part.new_empty(total)])
+            self.inside[i][have:total] = part
+            self.count[i] = total
 
     def solve(self) -> tuple[Tensor, list[int]]:
         "The order statistics, and the rows whose rank lies outside the bracket."
         values, missed = self.low.clone(), []
-        for i, parts in enumerate(self.inside):
-            inside, k = torch.cat(parts), self.rank - int(self.below[i]) - int(self.at_low[i])
-            if int(self.below[i]) > self.rank or k >= len(inside) + int(self.at_high[i]):
+        for i, count in enumerate(self.count):
+            k = self.rank - int(self.below[i]) - int(self.at_low[i])
+            if int(self.below[i]) > self.rank or k >= count + int(self.at_high[i]):
                 missed.append(i)
             elif k >= 0:
-                values[i] = _kth(inside, k) if k < len(inside) else self.high[i]
+                values[i] = _kth(self.inside[i][:count], k) if k < count else self.high[i]
         return values, missed
 
 
@@ -509,7 +512,7 @@ def order_statistics(blocks: Callable[[], Iterable[Tensor]], ranks: Sequence[int
         values, missed = bracket.solve()
         if missed:  # an unlucky sample: once more without a bracket
             infinite = torch.full_like(values[missed], torch.inf)
-            again = _Bracket(rank, d, -infinite, infinite)
+            again = _Bracket(rank, -infinite, infinite, d)
             for block in blocks():
                 again.see(block[missed])
             values[missed] = again.solve()[0]
