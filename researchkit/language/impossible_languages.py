@@ -582,9 +582,11 @@ def train_language(
     lines = [[*line, eos_id] if eos_id is not None else list(line) for line in sentences]
     lines = [line for line in lines if len(line) > 1]
     if not lines or min(steps, tokens_per_batch, accumulate) < 1:
-        raise ValueError(f"{len(lines)} sentences of two tokens or more, steps={steps}, tokens_per_batch={tokens_per_batch}, accumulate={accumulate}: all must be at least 1")
+        raise ValueError(f"{len(lines)} sentences of two tokens or more, steps={steps}, tokens_per_batch={tokens_per_batch}, "
+                         f"accumulate={accumulate} given: all must be at least 1")
     device, rng = _device(model), np.random.default_rng(seed)
-    embeddings = {id(module.weight) for module in (*model.modules(), model.get_output_embeddings()) if isinstance(module, torch.nn.Embedding) or module is model.get_output_embeddings()}
+    head = model.get_output_embeddings()
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding) or module is head}
     groups = [dict(params=[p for p in model.parameters() if (id(p) in embeddings) == inside], lr=rate) for inside, rate in ((True, lr * embedding_lr), (False, lr))]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, max(1, round(warmup * steps)), steps + 1)
