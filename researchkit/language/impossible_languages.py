@@ -799,7 +799,7 @@ def patched_logits(
                 handle.remove()
     return logits.float()
 
-
+# %% ../../nbs/language/impossible_languages.ipynb #be97926e
 def interchange(
     model,  # a causal language model
     base: Sequence,  # token ids of one sentence, or of several of one length
