@@ -221,8 +221,8 @@ class Run:
                 headings, start = _headings(cells), nb_man.cell_start
 
                 def cell_start(cell, cell_index=None, **kw):
-                    run.at = headings[cell_index]
-                    run.on_heading(run.job, run.at, cell_index, len(cells))
+                    run.at = headings[cell_index] or "the beginning"
+                    run.on_heading(run.job, headings[cell_index], cell_index, len(cells))
                     return start(cell, cell_index, **kw)
 
                 nb_man.cell_start = cell_start
@@ -344,8 +344,15 @@ def finished(
     return code_hash(nb) == job.hash and nb["metadata"].get("papermill", {}).get("parameters") == job.params
 
 
-def _warm_up() -> None:
-    "Import what the pages need while the first kernels are busy."
+def _import_for_runs() -> None:
+    "Import in one thread what the runs need: packages with circular imports break when two threads import them at once."
+    import jupyter_client.manager
+    import papermill.clientwrap
+    import papermill.engines
+
+
+def _import_for_pages() -> None:
+    "Import what the pages need, while the kernels are busy."
     import nbconvert.exporters
 
 
@@ -383,7 +390,11 @@ def execute(
         if run.killed:
             return Result(job, run.killed, error=run.killed)
         display.start(job)
-        return run.go()
+        try:
+            return run.go()
+        except Exception as e:
+            run.over = True
+            return Result(job, "failed", time.monotonic() - run.started, f"{type(e).__name__}: {e}")
 
     interrupted = threading.Event()
     main = threading.current_thread() is threading.main_thread()
@@ -391,10 +402,13 @@ def execute(
     previous = {s: signal.signal(s, lambda *_: interrupted.set()) for s in signals}
     try:
         with display, ThreadPoolExecutor(parallel) as pool, ThreadPoolExecutor(1) as pages:
-            pages.submit(_warm_up)
+            _import_for_runs()
             pending = {pool.submit(start, job) for job in todo}
-            finishing = set()
+            finishing, warm = set(), False
             while pending:
+                if not warm and todo and all(r.at or r.over for r in list(runs.values())[:parallel]):
+                    pages.submit(_import_for_pages)
+                    warm = True
                 done, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
                 pending -= done
                 for future in done:
