@@ -42,7 +42,7 @@ clean:  ## remove the environment, runs and built site
 
 $(READY): constraints.txt settings.ini setup.py
 	@test -n "$(PYTHON)" || { echo "Python 3.10 to 3.13 is needed; name one with make PYTHON=..."; exit 1; }
-	@echo "setting up $(VENV) with $$($(PYTHON) --version), once"
+	@echo "setting up $(VENV) with $$($(PYTHON) --version), once; this takes a few minutes"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
 	@touch $@

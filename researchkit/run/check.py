@@ -70,7 +70,7 @@ def compare(
 
 # %% ../../nbs/run/check.ipynb #1d5270e7
 DERIVED = ("index", "papers", "ledger")  # notebooks in nbs/ that show the records of all papers
-_LOCAL = re.compile(r"(?<![\w/.])/(?:home|root|Users|tmp|work|private|var/folders)/[\w.~-]")
+_LOCAL = re.compile(r"(?<![\w/.])/(?:home|root|Users|tmp|private|var/folders)/[\w.~-]")
 _ADDRESS = re.compile(r"(<[^<>]*?) at 0x[0-9a-fA-F]+(>)")
 
 
