@@ -158,3 +158,14 @@ def repo(tmp_path) -> Repo:
 def shared(tmp_path_factory) -> Repo:
     "One repository for all tests of a module that leave it as it is."
     return Repo(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture
+def one_thread():
+    "Two threads are slower than one on tensors this small."
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from researchkit.core.errors import DataError, InputError
 from researchkit.efficiency import adamg as module
@@ -24,12 +23,7 @@ SHAPES = [(5, 4), (7,), (), (3, 2, 2)]
 FAST = settings(max_examples=25, deadline=None)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def parameters(dtype=torch.float32, shapes=SHAPES, seed=0):

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from researchkit.core.errors import DataError
-from researchkit.language import impossible_languages as module
-from researchkit.language.impossible_languages import (LANGUAGES, NAMES, Language, TaggedWord, agrees, even_odd, holm, hop, interchange,
+from researchkit.language.impossible_languages import (LANGUAGES, NAMES, TaggedWord, agrees, even_odd, holm, hop, interchange,
                                                        language_model, length_batches, load_texts, log_perplexity, make_language,
                                                        marker_contrast, ngram_log_perplexity, pack, patched_logits, relabel, residual_layers,
                                                        reverse, sentence_perplexity, shuffle_deterministic, shuffle_local,
@@ -23,12 +22,7 @@ IDS = st.lists(st.integers(0, 999), min_size=1, max_size=60)
 S, P = 1000, 1001
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

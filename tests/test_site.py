@@ -14,11 +14,11 @@ import yaml
 
 from researchkit.core.errors import InputError
 from researchkit.core.notebook import MIME, find_root, papers
-from researchkit.run.site import (Link, api_pages, build_site, cell_options, cell_summary, counts_html, gallery_html, ledger_chart, ledger_table, mathml,
+from researchkit.run.doctor import BROWSERS
+from researchkit.run.site import (Link, api_pages, build_site, cell_options, cell_summary, gallery_html, ledger_chart, ledger_table, mathml,
                                   navigation, number_labels, quarto_config, readme, render_page, results_table, site_inputs)
 
 ROOT = find_root(Path(__file__).parent)
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from researchkit.core.errors import InputError, RecordError
-from researchkit.core.notebook import MIME
-from researchkit.core.study import (MARKS, RECORD_SCHEMA, VERDICTS, Criterion, Study, all_of, between, choose, claims_html, claims_text, equivalent, exact,
+from researchkit.core.notebook import MARKS, MIME
+from researchkit.core.study import (RECORD_SCHEMA, VERDICTS, Criterion, Study, all_of, between, choose, claims_html, claims_text, equivalent, exact,
                                     greater, less, mean_interval, measured_text, monotone, not_tested, rank_correlation, ratio, select,
                                     validate_record)
 

@@ -4,8 +4,6 @@
 __all__ = ['PALETTE', 'use_style', 'seed_band']
 
 # %% ../../nbs/core/plots.ipynb #cf9a8f76
-import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib_inline.backend_inline import set_matplotlib_formats

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['FEW', 'RECORD_SCHEMA', 'mean_interval', 'Outcome', 'Criterion', 'select', 'greater', 'less', 'equivalent', 'ratio',
            'monotone', 'rank_correlation', 'between', 'exact', 'all_of', 'not_tested', 'validate_record', 'choose',
-           'Study', 'badge', 'claims_html', 'claims_text']
+           'Study', 'claims_html', 'claims_text']
 
 # %% ../../nbs/core/study.ipynb #92d1126f
 import html
@@ -27,7 +27,7 @@ from IPython.display import display
 from scipy import stats
 
 from .errors import InputError, RecordError, unknown
-from .notebook import (MARKS, MIME, PROFILES, SCHEMA_VERSION, VERDICTS, code_hash, find_paper, load_notebook, measured_text,
+from .notebook import (MIME, PROFILES, SCHEMA_VERSION, VERDICTS, badge, code_hash, find_paper, load_notebook, measured_text,
                                        number_text, parameters, refuse_newer)
 
 # %% ../../nbs/core/study.ipynb #f4319629
@@ -776,11 +776,6 @@ _STYLE = """<style>
 .rk-claims tr{padding:.6em 0;border-bottom:1px solid rgba(128,128,128,.5)}.rk-claims td{border:0;padding:.12em 0}.rk-claims td:nth-child(2){min-width:0}
 .rk-claims td[data-label]::before{content:attr(data-label) ": ";font-weight:600}}
 </style>"""
-
-
-def badge(verdict: str) -> str:
-    "A verdict as an HTML badge: a colour, a mark and the word."
-    return f'<span class="rk-badge rk-{verdict.replace(" ", "-")}">{MARKS[verdict]} {verdict}</span>'
 
 
 def claims_html(

@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.errors import InputError
-from ..core.notebook import MIME, code_hash, find_record, find_root, front_matter, load_notebook, paper_paths, parameters, read_paper, THEMES
+from ..core.notebook import code_hash, find_record, find_root, front_matter, joined, load_notebook, paper_paths, parameters, read_paper, THEMES
 from ..core.study import validate_record
 from .runner import Result, execute, plan, write_atomically
 
@@ -112,8 +112,7 @@ def _clean_outputs(outputs: list) -> list:
         for holder, keys in ((output, ["text"]), (output.get("data", {}), [k for k in output.get("data", {}) if k.startswith("text/")])):
             for key in keys:
                 if key in holder:
-                    text = holder[key] if isinstance(holder[key], str) else "".join(holder[key])
-                    holder[key] = _ADDRESS.sub(r"\1\2", text).splitlines(keepends=True)
+                    holder[key] = _ADDRESS.sub(r"\1\2", joined(holder[key])).splitlines(keepends=True)
         cleaned.append(output)
     return cleaned
 
@@ -183,25 +182,26 @@ def publish(
         as `plan` does
     """
     root = Path(root or find_root())
-    for p in paths:
-        plan(p, out=tempfile.gettempdir())  # refuses before anything is written
-    export(root, paths)
+    pages = [(root / "nbs" / f"{name}.ipynb").resolve() for name in DERIVED]
     with tempfile.TemporaryDirectory(prefix="researchkit-publish-") as folder:
-        def run(some, show):
-            jobs = [plan(p, out=Path(folder) / p.parent.name) for p in some]
+        def planned(some):
+            return [plan(p, out=Path(folder) / p.parent.name) for p in some]
+
+        def run(jobs, show):
             results = execute(jobs, parallel, display=show(jobs) if show else None)
             for r in results:
                 if r.ok:
                     stamp = {"code_hash": r.job.hash}
-                    if r.job.name in DERIVED and r.job.path.parent == (root / "nbs").resolve():
+                    if r.job.path in pages:
                         stamp["records"] = records_digest(root)
                     write_back(r.job.notebook, r.job.path, stamp)
             return results
 
-        pages = [root / "nbs" / f"{name}.ipynb" for name in DERIVED]
-        results = run([p for p in paths if not (derived and p.resolve() in [q.resolve() for q in pages])], display)
+        jobs = planned(paths)  # refuses before anything is written
+        export(root, paths)
+        results = run([j for j in jobs if not (derived and j.path in pages)], display)
         if derived and all(r.ok for r in results):
-            results += run([p for p in pages if p.exists()], None)
+            results += run(planned(p for p in pages if p.exists()), None)
             from researchkit.run.site import readme
 
             write_atomically(root / "README.md", readme(root))
@@ -232,14 +232,14 @@ def _check_any(path: Path, nb: dict, root: Path) -> list[str]:
             problems.append(f"cell {i} wrote to stderr: {''.join(output['text']).strip().splitlines()[-1][:100]}")
         texts = [output.get("text", "")] + [v for k, v in output.get("data", {}).items() if k.startswith("text/")]
         for text in texts:
-            found = _LOCAL.search(text if isinstance(text, str) else "".join(text))
+            found = _LOCAL.search(joined(text))
             if found:
                 problems.append(f"cell {i} shows a path of the machine it ran on ({found.group()}…)")
     for i, cell in enumerate(nb["cells"], 1):
         if cell.get("execution_count") or set(cell.get("metadata", {})) - {"tags"}:
             problems.append(f"cell {i} carries an execution count or metadata: publish the notebook")
             break
-        if cell["cell_type"] == "code" and re.search(r"^#\|\s*eval:\s*false", "".join(cell["source"]), re.M):
+        if cell["cell_type"] == "code" and re.search(r"^#\|\s*eval:\s*false", joined(cell["source"]), re.M):
             problems.append(f"cell {i} is not evaluated (#| eval: false)")
     stamp = nb["metadata"].get("researchkit", {})
     if any(c["cell_type"] == "code" for c in nb["cells"]):
@@ -257,9 +257,9 @@ def _check_paper(path: Path, nb: dict) -> list[str]:
     parameters(nb, str(path))
     if not paper.image or not (path.parent / paper.image).is_file():
         problems.append(f"the thumbnail '{paper.image}' is missing")
-    headings = re.findall(r"^##\s+(.+?)\s*(?:\{.*\})?$", "\n".join("".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "markdown"), re.M)
+    headings = re.findall(r"^##\s+(.+?)\s*(?:\{.*\})?$", "\n".join(joined(c["source"]) for c in nb["cells"] if c["cell_type"] == "markdown"), re.M)
     problems += [f"has no section '## {s}'" for s in SECTIONS if s not in headings]
-    if not any(re.search(rf"^#\|\s*default_exp\s+{paper.theme}\.{paper.slug}\s*$", "".join(c["source"]), re.M) for c in nb["cells"]):
+    if not any(re.search(rf"^#\|\s*default_exp\s+{paper.theme}\.{paper.slug}\s*$", joined(c["source"]), re.M) for c in nb["cells"]):
         problems.append(f"does not export {paper.theme}.{paper.slug}")
     record = find_record(path)
     if record is None:

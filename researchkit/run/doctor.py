@@ -5,7 +5,6 @@ __all__ = ['BROWSERS', 'Finding', 'diagnose']
 
 # %% ../../nbs/run/doctor.ipynb #7e2222f5
 import importlib.metadata
-import os
 import platform
 import re
 import shutil
@@ -19,7 +18,7 @@ from ..core.notebook import find_root, paper_paths
 from .runner import cores
 
 # %% ../../nbs/run/doctor.ipynb #3a1a4270
-BROWSERS = ["chromium", "chromium-browser", "google-chrome", "chrome"]
+BROWSERS = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import signal
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from pathlib import Path
 
 from ..core.errors import InputError, unknown
 from ..core.extras import missing
-from ..core.notebook import PROFILES, code_hash, find_paper, find_record, load_notebook, paper_paths, parameters, read_paper, settle, THEMES
+from ..core.notebook import PROFILES, code_hash, find_record, joined, load_notebook, paper_paths, parameters, read_paper, settle, THEMES
 
 # %% ../../nbs/run/runner.ipynb #78daf854
 def resolve(
@@ -168,8 +167,7 @@ def _headings(cells) -> list[str]:
     at, out = "", []
     for cell in cells:
         if cell["cell_type"] == "markdown":
-            source = cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
-            fenced = re.sub(r"```.*?```", "", source, flags=re.S)
+            fenced = re.sub(r"```.*?```", "", joined(cell["source"]), flags=re.S)
             found = re.findall(r"^#{1,4}\s+(.+?)\s*(?:\{.*\})?$", fenced, re.M)
             at = found[-1] if found else at
         out.append(at)
@@ -251,7 +249,6 @@ class Run:
             return Result(job, "refused", error=f"output folder '{job.folder}' is not writable ({e.strerror})")
 
         def end(status, **more):
-            self.over = True
             return Result(job, status, time.monotonic() - self.started, **more)
 
         with tempfile.TemporaryDirectory(prefix="researchkit-") as scratch, open(Path(scratch) / "stderr", "w+b") as stderr:
@@ -393,8 +390,9 @@ def execute(
         try:
             return run.go()
         except Exception as e:
-            run.over = True
             return Result(job, "failed", time.monotonic() - run.started, f"{type(e).__name__}: {e}")
+        finally:
+            run.over = True
 
     interrupted = threading.Event()
     main = threading.current_thread() is threading.main_thread()

@@ -31,7 +31,8 @@ from pathlib import Path
 import yaml
 
 from ..core.errors import InputError
-from ..core.notebook import MARKS, THEMES, Paper, find_paper, find_record, find_root, front_matter, load_notebook, measured_text, papers
+from ..core.notebook import MARKS, THEMES, Paper, badge, find_paper, find_record, find_root, front_matter, joined, load_notebook, measured_text, papers
+from .runner import write_atomically
 
 # %% ../../nbs/run/site.ipynb #78e40840
 _BEFORE = [(r"\\(?:begin|end)\{(?:aligned|gathered|equation|multline)(\*?)\}", lambda m: m[0].replace("aligned", "split")
@@ -112,10 +113,6 @@ _KINDS = {"eq": "Equation", "fig": "Figure", "tbl": "Table", "sec": "Section"}
 _DIRECTIVE = re.compile(r"^#\|[ \t]*(.*?)[ \t]*$", re.M)
 
 
-def _text(source) -> str:
-    return source if isinstance(source, str) else "".join(source or "")
-
-
 def cell_options(
     source: str,  # of a code cell
 ) -> tuple[dict, str]:
@@ -165,7 +162,7 @@ def number_labels(
             found[label] = (kind, text or str(count[kind]))
 
     for cell in nb["cells"]:
-        source = _text(cell["source"])
+        source = joined(cell["source"])
         if cell["cell_type"] == "code":
             label = str(cell_options(source)[0].get("label", ""))
             if label.partition("-")[0] in ("fig", "tbl"):
@@ -442,7 +439,7 @@ def counts_html(
     "Counts of verdicts as badges."
     if not counts:
         return '<span class="rk-badge rk-not-tested">not published yet</span>'
-    return "".join(f'<span class="rk-badge rk-{v.replace(" ", "-")}">{MARKS[v]} {n} {v}</span>' for v, n in counts.items())
+    return "".join(badge(v, n) for v, n in counts.items())
 
 
 def _minutes(record: dict) -> str:
@@ -561,7 +558,7 @@ def ledger_table(
             rows.append(f'<tr data-paper="{p.slug}" data-verdict="{c["verdict"]}"><td><a href="{p.theme}/{p.slug}.ipynb">{esc(p.title.partition(":")[0])}</a> <b>{esc(c["id"])}</b></td>'
                         f'<td>{esc(c["statement"])}</td><td data-label="The paper reports">{esc(c["paper"])}</td><td class="rk-num" data-label="Measured">{esc(measured)}</td>'
                         f'<td data-label="Counts if">{esc(c["criterion"])}{note}</td>'
-                        f'<td><span class="rk-badge rk-{c["verdict"].replace(" ", "-")}">{MARKS[c["verdict"]]} {c["verdict"]}</span></td></tr>')
+                        f'<td>{badge(c["verdict"])}</td></tr>')
     if not rows:
         return _styled("<p>No claim has been judged yet.</p>")
     head = "".join(f"<th>{h}</th>" for h in ("Paper", "Claim", "The paper reports", "Measured", "Counts if", "Verdict"))
@@ -701,7 +698,7 @@ def _exporter():
             return TemplateExporter._init_resources(self, resources)
 
     exporter = PageExporter(template_name="base", raw_template=TEMPLATE)
-    exporter.register_filter("page_base64", lambda text: base64.b64encode(_text(text).encode()).decode())
+    exporter.register_filter("page_base64", lambda text: base64.b64encode(joined(text).encode()).decode())
     return exporter
 
 # %% ../../nbs/run/site.ipynb #353b17fe
@@ -718,7 +715,7 @@ def _load(path: Path) -> dict:
 
 def _front(nb: dict) -> dict:
     first = nb["cells"][0] if nb["cells"] else {}
-    source = _text(first.get("source", "")).strip()
+    source = joined(first.get("source", "")).strip()
     if first.get("cell_type") != "raw" or not source.startswith("---"):
         return {}
     try:
@@ -733,9 +730,9 @@ def _merge(outputs: list) -> list:
     merged = []
     for output in outputs:
         if "data" in output:
-            output = {**output, "data": {k: _text(v) for k, v in output["data"].items() if not k.startswith("application/")}}
+            output = {**output, "data": {k: joined(v) for k, v in output["data"].items() if not k.startswith("application/")}}
         elif "text" in output:
-            output = {**output, "text": _text(output["text"])}
+            output = {**output, "text": joined(output["text"])}
             if merged and merged[-1].get("name") == output.get("name"):
                 output["text"] = merged.pop()["text"] + output["text"]
             output["columns"] = bool(re.search(r"\S {2,}\S", output["text"]))  # aligned columns are not wrapped
@@ -747,7 +744,7 @@ def _prepare(nb: dict, page: _Page) -> dict:
     "The cells to show; how each is shown stands in its metadata."
     cells = []
     for cell in nb["cells"]:
-        cell = {**cell, "source": _text(cell["source"]), "metadata": dict(cell.get("metadata", {}))}
+        cell = {**cell, "source": joined(cell["source"]), "metadata": dict(cell.get("metadata", {}))}
         if cell["cell_type"] == "code":
             options, code = cell_options(cell["source"])
             outputs = cell.get("outputs") or []
@@ -773,15 +770,7 @@ def _prepare(nb: dict, page: _Page) -> dict:
 def _write(path: Path, text: str) -> Path:
     "Write a file in one step: readers see the old one or the new one."
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as f:
-            f.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_atomically(path, text)
     return path
 
 
@@ -1210,7 +1199,7 @@ def _for_quarto(path: Path, root: Path, nav: Nav) -> None:
         return f"[{m['code']}]({up}{to.replace('.html', '.qmd')})"
 
     for cell in nb["cells"]:
-        source = _text(cell["source"])
+        source = joined(cell["source"])
         if cell["cell_type"] == "markdown":
             cell["source"] = _MARKED.sub(linked, source)
         elif cell["cell_type"] == "code":
@@ -1338,14 +1327,14 @@ def readme(
     parts = [f"# {fm.get('title', 'researchkit')}"] + ([str(fm["description"])] if fm.get("description") else [])
     for cell in nb["cells"]:
         if cell["cell_type"] == "markdown":
-            parts.append(_text(cell["source"]).strip())
+            parts.append(joined(cell["source"]).strip())
         elif cell["cell_type"] == "code":
             for output in cell.get("outputs") or []:
                 data = output.get("data", {})
                 if "text/markdown" in data:
-                    parts.append(_text(data["text/markdown"]).strip())
+                    parts.append(joined(data["text/markdown"]).strip())
                 elif "text/html" in data:
-                    parts.append(_table_markdown(_text(data["text/html"])))
+                    parts.append(_table_markdown(joined(data["text/html"])))
 
     def link(m) -> str:
         href = m[2]
