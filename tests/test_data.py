@@ -1,5 +1,6 @@
 """The embedded data: equal to its peers, the same in every process, and one clear error when something is wrong."""
 import gzip
+import importlib.util
 import os
 import re
 import subprocess
@@ -192,3 +193,48 @@ def test_paragraphs_skip_what_is_no_prose():
 def test_a_missing_package_is_named():
     with pytest.raises(DataError, match="'not_there_at_all'"):
         data._folder("not_there_at_all")
+
+
+# Photographs
+
+needs_images = pytest.mark.skipif(importlib.util.find_spec("skimage") is None, reason="needs the extra images")
+
+
+@needs_images
+def test_photographs_equal_those_of_scikit_image():
+    import skimage
+
+    found = data.photographs()
+    assert list(found) == [name.split(".")[0] for name in data.PHOTOGRAPHS] and len(found) == 21
+    for name in ("astronaut", "coffee", "rocket"):
+        np.testing.assert_array_equal(found[name], getattr(skimage.data, name)())
+    np.testing.assert_array_equal(found["brick"], np.stack([skimage.data.brick()] * 3, axis=2))
+    assert all(image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 for image in found.values())
+
+
+@needs_images
+def test_some_photographs_in_the_order_asked():
+    found = data.photographs(["moon", "cell"])
+    assert list(found) == ["moon", "cell"]
+    found["moon"][:] = 0
+    assert data.photographs(["moon"])["moon"].any()
+    with pytest.raises(InputError, match="did you mean moon"):
+        data.photographs(["mon"])
+
+
+@needs_images
+@pytest.mark.parametrize("harm", ["missing", "altered"])
+def test_damaged_photographs_name_the_file(harm, tmp_path, monkeypatch):
+    original = (data._folder("skimage") / "data" / "moon.png").read_bytes()
+    monkeypatch.setattr(data, "_folder", lambda package: tmp_path)
+    (tmp_path / "data").mkdir()
+    if harm == "altered":
+        (tmp_path / "data" / "moon.png").write_bytes(original + b"x")
+    with pytest.raises(DataError, match=re.escape(str(tmp_path / "data" / "moon.png"))):
+        data.photographs(["moon"])
+
+
+def test_photographs_without_scikit_image(monkeypatch):
+    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"pip install 'researchkit\[images\]'"):
+        data.photographs()

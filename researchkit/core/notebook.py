@@ -129,7 +129,8 @@ class Paper:
     venue: str = ""
     arxiv: str = ""
     code: str = ""
-    extras: list = field(default_factory=list)
+    extras: list = field(default_factory=list)  # of the package, that it needs
+    zoo: list = field(default_factory=list)  # recipes of `core.zoo` that it starts from
 
     @property
     def page(self) -> str:
@@ -166,19 +167,20 @@ def read_paper(
             raise InputError(f"{path}: front matter: paper.{key} is missing or not of type {names} (quote numbers that are text)")
     if facts["slug"] != path.stem:
         raise InputError(f"{path}: front matter: paper.slug is '{facts['slug']}', the file says '{path.stem}'")
-    for key, value in (("categories", fm.get("categories")), ("paper.authors", facts["authors"]), ("paper.extras", facts.get("extras"))):
+    for key, value in (("categories", fm.get("categories")), ("paper.authors", facts["authors"]), ("paper.extras", facts.get("extras")),
+                       ("paper.zoo", facts.get("zoo"))):
         if value is not None and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
             raise InputError(f"{path}: front matter: {key} is not a list of texts: {value!r}")
     if not isinstance(fm.get("image", ""), str):
         raise InputError(f"{path}: front matter: image is not text: {fm['image']!r}")
-    unknown_keys = set(facts) - set(REQUIRED) - {"extras"}
+    unknown_keys = set(facts) - set(REQUIRED) - {"extras", "zoo"}
     if unknown_keys:
         raise InputError(f"{path}: front matter: paper has no key '{sorted(unknown_keys)[0]}'; "
-                         f"it has {', '.join([*REQUIRED, 'extras'])}")
+                         f"it has {', '.join([*REQUIRED, 'extras', 'zoo'])}")
     return Paper(slug=path.stem, theme=path.parent.name, path=path, title=fm["title"], description=fm["description"],
                  categories=fm.get("categories") or [], image=fm.get("image") or "", paper_title=facts["title"],
                  authors=facts["authors"], year=facts["year"], venue=facts["venue"], arxiv=facts["arxiv"] or "",
-                 code=facts["code"] or "", extras=facts.get("extras") or [])
+                 code=facts["code"] or "", extras=facts.get("extras") or [], zoo=facts.get("zoo") or [])
 
 # %% ../../nbs/core/notebook.ipynb #4d437b65
 def paper_paths(

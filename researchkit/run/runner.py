@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -63,6 +64,7 @@ class Job:
     profile: str = "cpu"
     hash: str = ""  # of the notebook's code
     expected: float = 0.0  # published CPU-seconds; the longest job starts first
+    zoo: list[str] = field(default_factory=list)  # models that it starts from, as name@seed
 
     @property
     def name(self) -> str:
@@ -138,7 +140,15 @@ def plan(
     _refuse_unwritable(folder)
     published = find_record(path) if paper else None
     expected = published.get("cpu_seconds", 0.0) if published and published.get("profile") == "cpu" else 0.0
-    return Job(path.resolve(), folder, params, profile, code_hash(nb), expected)
+    return Job(path.resolve(), folder, params, profile, code_hash(nb), expected, _models(paper, {name: p.default for name, p in declared.items()} | params, profile) if paper else [])
+
+
+def _models(paper, params: dict, profile: str) -> list[str]:
+    "The models of the zoo that a run needs: of each seed (at smoke of the first two), unless the user named a model."
+    if profile == "full" or params.get("model"):
+        return []
+    seeds = [s for s in params.get("seeds") or [0] if isinstance(s, int)]
+    return [f"{name}@{seed}" for seed in (seeds[:2] if profile == "smoke" else seeds) for name in paper.zoo]
 
 # %% ../../nbs/run/runner.ipynb #075f2e68
 @dataclass
@@ -188,13 +198,15 @@ class Run:
 
     def __init__(self, job: Job, threads: int = 1, on_heading=lambda *a: None):
         self.job, self.threads, self.on_heading = job, threads, on_heading
-        self.client, self.killed, self.over, self.at, self.started = None, "", False, "", time.monotonic()
+        self.client, self.trainer, self.killed, self.over, self.at, self.started = None, None, "", False, "", time.monotonic()
 
     def kill(self, reason: str) -> None:
         "End the kernel and all its child processes."
         import psutil
 
         self.killed = self.killed or reason
+        if self.trainer is not None:
+            self.trainer.kill()
         pid = getattr(getattr(getattr(self.client, "km", None), "provisioner", None), "pid", None)
         if pid:
             try:
@@ -233,6 +245,26 @@ class Run:
 
         return Engine
 
+    def _train(self, env: dict, stderr) -> None:
+        """Train, in a process of its own, the models of the zoo that the notebook starts from and that are not in the cache. They belong to no single run: neither
+        its time nor its memory counts them, and two runs that need the same model wait for one.
+
+        Raises
+        ------
+        InputError
+            with what the process said, if a model cannot be had
+        """
+        command = [sys.executable, "-c", "from researchkit.cli import main; main()", "zoo", "build", *self.job.zoo, "--lines"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=env) as self.trainer:
+            for line in self.trainer.stdout:
+                name, done, total = line.rsplit(" ", 2)
+                self.on_heading(self.job, f"training {name}", int(done), int(total))
+        if self.trainer.returncode and not self.killed:
+            stderr.seek(0)
+            said = stderr.read().decode(errors="replace").strip().splitlines()[-1:]
+            raise InputError(f"its models ({', '.join(self.job.zoo)}) cannot be made: {(said or ['the training ended early'])[0].removeprefix('error: ')}")
+        self.started = time.monotonic()
+
     def go(self) -> Result:
         "Run the notebook to its end, and say how it ended."
         job, self.started = self.job, time.monotonic()
@@ -254,6 +286,15 @@ class Run:
         with tempfile.TemporaryDirectory(prefix="researchkit-") as scratch, open(Path(scratch) / "stderr", "w+b") as stderr:
             env = {**os.environ, "RESEARCHKIT_NOTEBOOK": str(job.path), "IPYTHONDIR": scratch, "PYTHONHASHSEED": "0",
                    "PYDEVD_DISABLE_FILE_VALIDATION": "1", **dict.fromkeys(_THREADS, str(self.threads))}
+            try:
+                if self.job.zoo:
+                    self._train(env, stderr)
+            except InputError as e:
+                _remove_if_empty(new)
+                return end("refused", error=str(e))
+            if self.killed:
+                _remove_if_empty(new)
+                return end(self.killed, error=self.killed)
             engine = f"researchkit-{id(self)}"
             papermill_engines.register(engine, self._engine(env, stderr))
             try:
