@@ -315,7 +315,8 @@ def zoo_list():
     from rich.markup import escape
     from rich.table import Table
 
-    from researchkit.core.zoo import PACKAGED, RECIPES, cache_folder, cached, card
+    from researchkit.core.cache import cache_folder
+    from researchkit.core.zoo import PACKAGED, RECIPES, cached, card
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for column in ("model", "what it is", "in the cache", "what it can do"):
@@ -336,6 +337,7 @@ def zoo_list():
 def zoo_build(models: Annotated[Optional[list[str]], typer.Argument(metavar="[NAME[@SEED]]...", help="Models; all recipes by default.")] = None,
               lines: Annotated[bool, typer.Option("--lines", help="Progress as lines 'NAME@SEED DONE TOTAL', for programs.")] = False):
     "Train models that are not in the cache."
+    from researchkit.core.cache import remember
     from researchkit.core.zoo import PACKAGED, RECIPES, build, path, recipe
 
     wanted = [_model(text) for text in models or RECIPES]
@@ -353,6 +355,7 @@ def zoo_build(models: Annotated[Optional[list[str]], typer.Argument(metavar="[NA
                 print(f"{model}@{seed} {done} {total}", flush=True)
 
         folder = build(name, seed, say if lines else None)
+        remember({f"{name}@{seed}": folder})
         if not lines:
             print(f"{name}@{seed} {folder}")
 

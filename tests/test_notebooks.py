@@ -21,7 +21,7 @@ def ran(tmp_path_factory):
     home, tmp, out = (base / name for name in ("home", "tmp", "out"))
     for folder in (home, tmp):
         folder.mkdir()
-    from researchkit.core.zoo import cache_folder
+    from researchkit.core.cache import cache_folder
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RESEARCHKIT_CACHE", str(cache_folder().parent))  # the user's own: the models are trained once

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from conftest import FRONT
 from researchkit.cli import main
 from researchkit.core import zoo
+from researchkit.core.cache import cache_folder, ready
 from researchkit.core.errors import DataError, InputError
 from researchkit.core.extras import missing
 from researchkit.core.world import KINDS, World
@@ -246,6 +247,7 @@ import os, pathlib, sys, time
 sys.path.insert(0, {tests!r})
 import torch
 from researchkit.core import zoo
+from researchkit.core.cache import cache_folder, ready
 from test_zoo import _able, _three_steps
 def make(settings, seed, parent, tick):
     with open({log!r}, "a") as f:
@@ -334,6 +336,23 @@ def test_the_command_line_builds_lists_and_clears(quick, cli):
     assert "seeds 0, 1" in cli("list")[1] and cli("path", "quick@1")[1] == f"{zoo.path('quick', 1)}\n" and quick == [0, 1]
     assert cli("clear", "quick@1")[1].count("removed") == 1 and cached("quick") == [0]
     assert cli("clear", "quick")[1].count("removed") == 1 and cached("quick") == []
+
+
+def test_the_list_of_ready_models(quick, cli):
+    assert not ready(["quick@0"])
+    cli("build", "quick", "--lines")
+    assert ready(["quick@0"]) and ready([]) and not ready(["quick@0", "quick@1"])
+    weights = zoo.path("quick") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert not ready(["quick@0"])
+    with pytest.warns(UserWarning, match="damaged"):
+        cli("build", "quick", "--lines")
+    assert ready(["quick@0"])
+    cli("clear", "quick")
+    assert not ready(["quick@0"])
+    cli("build", "quick", "--lines")
+    (cache_folder() / "ready.json").write_text("{")
+    assert not ready(["quick@0"])
 
 
 def test_a_cache_that_cannot_be_written_is_one_clear_error(cli, tmp_path, monkeypatch):

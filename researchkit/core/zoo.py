@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['SPECIAL', 'TEMPLATE', 'ENCODER_PHOTOGRAPHS', 'RECIPES', 'CARD', 'PACKAGED', 'world_tokenizer', 'chat', 'respond',
-           'abilities', 'patches', 'Recipe', 'recipe', 'key', 'GateError', 'cache_folder', 'card', 'cached', 'build',
-           'clear', 'path', 'load_lm', 'load_vision', 'SentenceEncoder']
+           'abilities', 'patches', 'Recipe', 'recipe', 'key', 'GateError', 'card', 'cached', 'build', 'clear', 'path',
+           'load_lm', 'load_vision', 'SentenceEncoder']
 
 # %% ../../nbs/core/zoo.ipynb #addfe697
 import contextlib
@@ -23,13 +23,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock
-from platformdirs import user_cache_path
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import (AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase,
                           PreTrainedTokenizerFast, RegNetConfig, RegNetForImageClassification)
 from transformers.utils import logging
 
+from .cache import cache_folder
 from .data import PHOTOGRAPHS, photographs
 from .errors import DataError, InputError, unknown
 from .extras import need
@@ -399,12 +399,6 @@ CARD = "zoo.json"
 
 class GateError(RuntimeError):
     "A trained model cannot do what its recipe promises."
-
-
-def cache_folder() -> Path:
-    "Where models are kept: `zoo` in the folder named by the environment variable RESEARCHKIT_CACHE, or in the user's cache folder of this system."
-    chosen = os.environ.get("RESEARCHKIT_CACHE")
-    return (Path(chosen).expanduser() if chosen else user_cache_path("researchkit", appauthor=False)) / "zoo"
 
 
 def _entry(name: str, seed: int) -> Path:

@@ -19,6 +19,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..core.cache import ready
 from ..core.errors import InputError, unknown
 from ..core.extras import missing
 from ..core.notebook import PROFILES, code_hash, find_record, joined, load_notebook, paper_paths, parameters, read_paper, settle, THEMES
@@ -287,7 +288,7 @@ class Run:
             env = {**os.environ, "RESEARCHKIT_NOTEBOOK": str(job.path), "IPYTHONDIR": scratch, "PYTHONHASHSEED": "0",
                    "PYDEVD_DISABLE_FILE_VALIDATION": "1", **dict.fromkeys(_THREADS, str(self.threads))}
             try:
-                if self.job.zoo:
+                if self.job.zoo and not ready(self.job.zoo):
                     self._train(env, stderr)
             except InputError as e:
                 _remove_if_empty(new)
