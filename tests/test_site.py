@@ -189,6 +189,14 @@ def test_reference_reads_both_kinds_of_documentation(tmp_path):
     assert "### Meanalpha.fit_it {#Meanalpha.fit_it}" in text
 
 
+def test_reference_has_methods_that_were_added_later(tmp_path):
+    root = small_tree(tmp_path)
+    module = root / "researchkit" / "theory" / "alpha.py"
+    module.write_text(module.read_text() + '\n\n@patch\ndef predict_it(self: Meanalpha, x: list) -> float:\n    "Said later."\n')
+    text = api_pages(root)["api/theory.alpha.qmd"]
+    assert "### Meanalpha.predict_it {#Meanalpha.predict_it}" in text and "predict_it(x: list) -> float" in text and "Said later." in text
+
+
 def test_without_papers(tmp_path):
     root = small_tree(tmp_path, with_papers=False)
     for make in (results_table, gallery_html, ledger_chart, ledger_table):

@@ -117,6 +117,9 @@ def test_models_that_cannot_be_had_are_named(tmp_path, monkeypatch):
         load_lm("lm-alined")
     with pytest.raises(DataError, match="holds no checkpoint"):
         load_lm(str(tmp_path))
+    for path in (str(tmp_path / "nothing"), "./nothing", "~/no/such/folder"):
+        with pytest.raises(DataError, match="no such folder"):
+            load_lm(path)
     code = "from researchkit.core.zoo import load_lm\ntry: load_lm('nobody/nothing')\nexcept ValueError as e: print(e)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert "nobody/nothing" in done.stdout and "hf download nobody/nothing" in done.stdout and done.stdout.count("\n") == 1

@@ -563,7 +563,9 @@ def _load(auto: type, model: str, seed: int, device, dtype) -> tuple[PreTrainedM
     names = [*RECIPES, *PACKAGED]
     if "/" not in model and difflib.get_close_matches(model, names, 1, 0.8) and model not in names and not Path(model).exists():
         raise unknown("zoo model", model, names)  # a slip of the pen is no hub id
-    source = str(path(model, seed)) if model in names else model
+    if (model.count("/") > 1 or model.startswith((".", "~", "/"))) and not Path(model).expanduser().exists():
+        raise DataError(f"the model '{model}' cannot be loaded: there is no such folder")
+    source = str(path(model, seed)) if model in names else str(Path(model).expanduser()) if model.startswith("~") else model
     try:
         with _quiet() if source != model else contextlib.nullcontext():
             loaded = auto.from_pretrained(source, dtype="auto" if dtype is None else dtype)

@@ -1110,6 +1110,15 @@ def _exported(tree: ast.Module) -> list[str]:
     return []
 
 
+def _patched(tree: ast.Module) -> dict[str, list[ast.FunctionDef]]:
+    "Methods that are added to a class after its definition, with fastcore's `patch`, by class."
+    found = {}
+    for n in tree.body:
+        if isinstance(n, ast.FunctionDef) and n.args.args and any(getattr(getattr(d, "func", d), "id", "") == "patch" for d in n.decorator_list):
+            found.setdefault(getattr(n.args.args[0].annotation, "id", ""), []).append(n)
+    return found
+
+
 def api_pages(
     root: str | Path | None = None,
 ) -> dict[str, str]:
@@ -1127,7 +1136,8 @@ def api_pages(
         def refer(text: str) -> str:
             return re.sub(r"(?<![\w@/])@((?:eq|fig|tbl|sec)-[\w-]*\w)", lambda m: f"[{' '.join(labels[m[1]])}]({back}#{m[1]})" if m[1] in labels else m[1], text)
 
-        nodes = {n.name: n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
+        patched = _patched(tree)
+        nodes = {n.name: n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and n not in [m for part in patched.values() for m in part]}
         parts, constants = [], []
         for symbol in _exported(tree):
             node = nodes.get(symbol)
@@ -1142,7 +1152,7 @@ def api_pages(
                 if init and "Parameters\n" not in doc and (more := ast.get_docstring(init)):
                     doc = f"{doc}\n\n{more}" if doc else more
                 parts.append(_describe(symbol, 2, rows, "", doc, where))
-                for m in node.body:
+                for m in [*node.body, *patched.get(symbol, [])]:
                     if isinstance(m, ast.FunctionDef) and not m.name.startswith("_") and ast.get_docstring(m):
                         property_ = any(getattr(d, "id", "") == "property" for d in m.decorator_list)
                         call = f"{symbol}.{m.name}"
