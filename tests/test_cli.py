@@ -337,6 +337,14 @@ def test_publish_leaves_a_notebook_that_fails_as_it_was(repo):
     assert result.status == "failed" and result.heading == "Claims" and path.read_text() == text
 
 
+def test_publish_keeps_what_others_did_when_one_notebook_changes_meanwhile(repo):
+    one = repo.paper("one", "print('one')")
+    two = repo.paper("two", f"p = {str(one)!r}\ntext = open(p).read()\nopen(p, 'w').write(text.replace(\"print('one')\", \"print('other')\"))\nprint('two')")
+    first, second = publish([one, two], repo.root, parallel=1)
+    assert (first.status, second.status) == ("failed", "done") and "changed while it ran" in first.error
+    assert "two\\n" in two.read_text() and "print('other')" in one.read_text() and '"outputs": []' in one.read_text()
+
+
 def test_the_package_imports_nothing_heavy():
     script = "import sys, researchkit; print(sorted({'torch', 'numpy', 'transformers', 'yaml'} & set(sys.modules)))"
     done = subprocess.run([COMMAND.with_name("python"), "-c", script], capture_output=True, text=True, cwd=HOME)

@@ -189,12 +189,15 @@ def publish(
 
         def run(jobs, show):
             results = execute(jobs, parallel, display=show(jobs) if show else None)
-            for r in results:
+            for i, r in enumerate(results):
                 if r.ok:
                     stamp = {"code_hash": r.job.hash}
                     if r.job.path in pages:
                         stamp["records"] = records_digest(root)
-                    write_back(r.job.notebook, r.job.path, stamp)
+                    try:
+                        write_back(r.job.notebook, r.job.path, stamp)
+                    except InputError as e:  # the others are published all the same
+                        results[i] = Result(r.job, "failed", r.seconds, str(e))
             return results
 
         jobs = planned(paths)  # refuses before anything is written
