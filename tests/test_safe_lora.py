@@ -307,7 +307,7 @@ def failing(tmp_path):
     yield ValueError, "initialised with 'pissa'", None, lambda: run(adapted("llama", init_lora_weights="pissa"), base)
     yield ValueError, "output is for adapter folders", good, lambda: run(good, base, output=tmp_path / "x")
     yield ValueError, "give output=", good, lambda: run(tmp_path / "adapter", base, network("llama", 1))
-    yield ValueError, "no model.safetensors", good, lambda: run(good, tmp_path / "nothing")
+    yield ValueError, "neither model.safetensors", good, lambda: run(good, tmp_path / "nothing")
     yield ValueError, "neither a folder nor a hub id", good, lambda: run(good, "/no/such/folder")
     yield ValueError, "no adapter_config.json", good, lambda: run(tmp_path / "nothing", base, output=tmp_path / "x")
     yield ValueError, "aligned: the weight of model.layers.1.self_attn.v_proj has shape", good, lambda: run(tmp_path / "adapter", base, {**state, key: torch.zeros(8, 15)}, output=tmp_path / "x")

@@ -23,6 +23,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..core.checkpoint import Checkpoint, Tensors, checkpoint_folder
+from ..core.errors import some
 from ..core.extras import need
 
 # %% ../../nbs/adaptation/safe_lora.ipynb #d99e1721
@@ -242,60 +244,26 @@ def select_layers(cosines: Sequence[float] | np.ndarray | Tensor, select: str = 
 
 # %% ../../nbs/adaptation/safe_lora.ipynb #e12887fc
 _BLOCK = 2**25  # numbers of V held at once
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def _some(names: Iterable[str], limit: int = 4) -> str:
-    names = list(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-def _folder(source: str | os.PathLike, what: str, revision: str | None = None) -> Path:
-    "A local folder, or the local copy of a repository on the hub."
-    path = Path(source)
-    if path.is_dir():
-        return path
-    if path.exists() or path.is_absolute() or str(source).count("/") > 1 or str(source).startswith(".") or not str(source):
-        raise ValueError(f"{what}: {str(source)!r} is neither a folder nor a hub id of the form owner/name")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]))
-    except Exception as e:
-        raise ValueError(f"{what}: there is no folder {source}, and it cannot be had from the hub ({type(e).__name__}); download it with "
-                         f"`hf download {source}` on a machine with network, or give a local folder") from e
 
 
 class _Weights:
     "Weights of named modules, of a model, a state dict or a checkpoint, read some rows at a time."
 
     def __init__(self, source, what: str, revision: str | None = None):
-        self.what, self.state, self.files, self._open, self._read = what, None, {}, {}, 0
+        self.what = what
         if isinstance(source, nn.Module):
             if hasattr(source, "peft_config"):
                 raise TypeError(f"{what} carries adapters (a {type(source).__name__}); give the plain model, or its folder")
             if getattr(source, "is_quantized", False) or getattr(source, "hf_quantizer", None) is not None:
                 raise TypeError(f"{what} is quantised; load it in 16 or 32 bits, or dequantise it first")
             source = source.state_dict()
-        if isinstance(source, Mapping):
-            self.state = source
-            self.shapes = {k: tuple(t.shape) for k, t in source.items() if isinstance(t, Tensor)}
-            return
-        if not isinstance(source, (str, os.PathLike)):
+        if not isinstance(source, (Mapping, str, os.PathLike)):
             raise TypeError(f"{what} must be a model, a state dict, a folder or a hub id, not {type(source).__name__}")
-        self.folder = _folder(source, what, revision)
-        index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [single.name] if single.is_file() else []
-        absent = [s for s in shards if not (self.folder / s).is_file()]
-        if not shards or absent:
-            raise ValueError(f"{what}: {self.folder} " + (f"lacks the shards {_some(absent)}" if absent else
-                             "has no model.safetensors; load it once with transformers and call save_pretrained, which writes it"))
-        self.shapes, self.dtypes = {}, {}
-        for shard in shards:
-            with safe_open(self.folder / shard, "pt") as f:
-                for key in f.keys():
-                    part = f.get_slice(key)
-                    self.files[key], self.shapes[key], self.dtypes[key] = shard, tuple(part.get_shape()), part.get_dtype()
+        try:
+            self.tensors = Tensors(source) if isinstance(source, Mapping) else Checkpoint(checkpoint_folder(source, revision))
+        except ValueError as e:
+            raise ValueError(f"{what}: {e}") from e
+        self.shapes, self.dtypes, self.rows = self.tensors.shapes, self.tensors.dtypes, self.tensors.rows
 
     def find(self, module: str) -> str:
         "The key of a module's weight: its name, give or take the prefix by which a model and its headless form differ."
@@ -304,32 +272,15 @@ class _Weights:
         if len(found) != 1:
             packed = [k for k in self.shapes if k.startswith((f"{module}.qweight", f"{module}.weight_packed", f"{module}.weight."))]
             if packed:
-                raise TypeError(f"{self.what}: {module} is quantised ({_some(packed)}); dequantise it first")
+                raise TypeError(f"{self.what}: {module} is quantised ({some(packed)}); dequantise it first")
             like = [k for k in self.shapes if k.split(".")[-2:-1] == module.split(".")[-1:]]
             raise ValueError(f"{self.what}: {'no weight' if not found else 'more than one weight'} for the adapted module {module}; "
-                             + (f"it has {_some(found or like)}" if found or like else "no module of that kind is there") + ". Is it another model?")
-        dtype = self.state[found[0]].dtype if self.state is not None else _DTYPES.get(self.dtypes[found[0]], self.dtypes[found[0]])
-        if dtype not in _FLOATS:
-            raise TypeError(f"{self.what}: {found[0]} is quantised ({dtype}); dequantise it first")
-        if self.state is not None and self.state[found[0]].is_meta:
+                             + (f"it has {some(found or like)}" if found or like else "no module of that kind is there") + ". Is it another model?")
+        if self.dtypes[found[0]] not in _FLOATS:
+            raise TypeError(f"{self.what}: {found[0]} is quantised ({self.dtypes[found[0]]}); dequantise it first")
+        if isinstance(self.tensors, Tensors) and self.tensors.state[found[0]].is_meta:
             raise ValueError(f"{self.what}: {found[0]} is not in memory (offloaded); give the checkpoint's folder instead of the model")
         return found[0]
-
-    def dtype(self, key: str) -> torch.dtype:
-        return self.state[key].dtype if self.state is not None else _DTYPES[self.dtypes[key]]
-
-    def rows(self, key: str, start: int, stop: int) -> Tensor:
-        if self.state is not None:
-            return self.state[key].detach()[start:stop]
-        shard = self.files[key]
-        if self._read > 2**28:  # a mapped file stays in memory as far as it was read: close it now and then
-            self._open.clear()
-            self._read = 0
-        if shard not in self._open:
-            self._open[shard] = safe_open(self.folder / shard, "pt")
-        part = self._open[shard].get_slice(key)[start:stop]
-        self._read += part.numel() * part.element_size()
-        return part
 
 
 @dataclass
@@ -346,12 +297,12 @@ def _direction(layer: _Layer, base: _Weights, aligned: _Weights) -> tuple[Callab
     "Blocks of rows of aligned minus base weight, and the dtype of the computation."
     keys = [w.find(layer.module) for w in (base, aligned)]
     shapes = [w.shapes[k] for w, k in zip((base, aligned), keys)]
-    (o, r), i = layer.B.shape, layer.A.shape[1]
+    o, i = layer.B.shape[0], layer.A.shape[1]
     stored = (i, o) if layer.transposed else (o, i)
     for w, shape in zip((base, aligned), shapes):
         if shape != stored:
             raise ValueError(f"{w.what}: the weight of {layer.module} has shape {shape}, and the adapter needs {stored}. Is it another model?")
-    dtype = torch.float64 if torch.float64 in (layer.B.dtype, base.dtype(keys[0]), aligned.dtype(keys[1])) else torch.float32
+    dtype = torch.float64 if torch.float64 in (layer.B.dtype, base.dtypes[keys[0]], aligned.dtypes[keys[1]]) else torch.float32
     step = max(1, _BLOCK // stored[1])
     kept = []
 
@@ -493,7 +444,7 @@ def _folder_layers(folder: Path, config: Mapping) -> tuple[list[_Layer], dict[st
         tensors, metadata = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
     odd = [k for k in tensors if re.search(r"lora_(embedding|magnitude|bias)|lora_B\.bias", k)]
     if odd:
-        raise ValueError(f"only plain LoRA on linear layers can be projected; the adapter also has {_some(odd)}")
+        raise ValueError(f"only plain LoRA on linear layers can be projected; the adapter also has {some(odd)}")
     factors: dict[str, dict[str, str]] = {}
     for key in tensors:
         match = _KEY.match(key)
@@ -582,10 +533,17 @@ def safe_lora(peft_model: "peft.PeftModel | str | os.PathLike", base: nn.Module 
     return result, report
 
 
+def _adapter_folder(source: str | os.PathLike) -> Path:
+    try:
+        return checkpoint_folder(source)
+    except ValueError as e:
+        raise ValueError(f"adapter: {e}") from e
+
+
 def _safe_folder(source, base, aligned, config: SafeLoRAConfig, name: str, inplace: bool, output) -> tuple[Path, SafeLoRAReport]:
     if inplace or output is None:
         raise ValueError("for an adapter folder give output=, the folder to write; the given folder is never changed")
-    output, folder = Path(output), _folder(source, "adapter")
+    output, folder = Path(output), _adapter_folder(source)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not an empty folder")
     if not (folder / "adapter_config.json").is_file():

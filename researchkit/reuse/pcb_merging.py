@@ -22,77 +22,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..core.checkpoint import DTYPES, Checkpoint, Tensors, checkpoint_folder
+from ..core.errors import some
 from ..core.extras import need
-
-# %% ../../nbs/reuse/pcb_merging.ipynb #33c389f5
-class _Tensors:
-    "Named tensors in memory."
-
-    def __init__(self, state: Mapping[str, Tensor]):
-        self.state = state
-        self.shapes = {k: tuple(t.shape) for k, t in state.items()}
-        self.dtypes = {k: t.dtype for k, t in state.items()}
-
-    def rows(self, key: str, start: int, stop: int) -> Tensor:
-        t = self.state[key].detach()
-        return t.reshape(-1) if t.ndim == 0 else t[start:stop].reshape(-1)
-
-
-_SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-                       "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-
-
-class _Checkpoint:
-    "Named tensors in the safetensors files of a folder, one file or shards with an index. Rows are read when asked for."
-
-    def __init__(self, folder: Path):
-        self.folder = Path(folder)
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            self.files = json.loads(index.read_text())["weight_map"]
-            absent = sorted({f for f in self.files.values() if not (self.folder / f).is_file()})
-            if absent:
-                raise ValueError(f"{self.folder}: the index names shards that do not exist: {', '.join(absent)}")
-        elif (self.folder / "model.safetensors").is_file():
-            with safe_open(self.folder / "model.safetensors", "pt") as f:
-                self.files = dict.fromkeys(f.keys(), "model.safetensors")
-        else:
-            raise ValueError(f"{self.folder}: neither model.safetensors nor model.safetensors.index.json; load the model once "
-                             "with transformers and call save_pretrained, which writes safetensors")
-        self.shapes, self.dtypes, self._open, self._read = {}, {}, {}, 0
-        for shard in sorted(set(self.files.values())):
-            with safe_open(self.folder / shard, "pt") as f:
-                for key in f.keys():
-                    part = f.get_slice(key)
-                    if part.get_dtype() not in _SAFETENSORS_DTYPES:
-                        raise ValueError(f"{self.folder}: {key} has dtype {part.get_dtype()}; "
-                                         f"allowed: {', '.join(_SAFETENSORS_DTYPES)}")
-                    self.shapes[key], self.dtypes[key] = tuple(part.get_shape()), _SAFETENSORS_DTYPES[part.get_dtype()]
-        lost = sorted(set(self.files) - set(self.shapes))
-        if lost:
-            raise ValueError(f"{self.folder}: the index names tensors that no shard holds: {_some(lost)}")
-        self.files = {k: self.files.get(k) for k in self.shapes if k in self.files}
-        self.shapes = {k: self.shapes[k] for k in self.files}
-
-    def rows(self, key: str, start: int, stop: int) -> Tensor:
-        shard = self.files[key]
-        if self._read > 2**24:  # a mapped file stays in memory as far as it was read: close it now and then
-            self._open.clear()
-            self._read = 0
-        if shard not in self._open:
-            self._open[shard] = safe_open(self.folder / shard, "pt")
-        part = self._open[shard].get_tensor(key) if not self.shapes[key] else self._open[shard].get_slice(key)[start:stop]
-        self._read += part.numel() * part.element_size()
-        return part.reshape(-1)
-
-
-def _some(names: Iterable[str], limit: int = 8) -> str:
-    names = list(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 # %% ../../nbs/reuse/pcb_merging.ipynb #2c2c65ff
 def _is_excluded(key: str, patterns: Sequence[str]) -> bool:
@@ -141,14 +76,14 @@ class TaskVectors:
             raise TypeError("finetuned must be a sequence of state dicts, not one state dict")
         if isinstance(exclude, str):
             raise TypeError(f"exclude must be a sequence of patterns, not one string: use ({exclude!r},)")
-        self.models = [_Tensors(m) if isinstance(m, Mapping) else m for m in finetuned]
+        self.models = [Tensors(m) if isinstance(m, Mapping) else m for m in finetuned]
         if not self.models:
             raise ValueError("finetuned is empty: at least one model is needed")
-        self.base = _Tensors(base) if isinstance(base, Mapping) else base
+        self.base = Tensors(base) if isinstance(base, Mapping) else base
         like = self.base or self.models[0]
         unused = [p for p in exclude if not any(_is_excluded(k, [p]) for k in like.shapes)]
         if unused:
-            warnings.warn(f"exclude matches no key: {_some(unused)}", stacklevel=3)
+            warnings.warn(f"exclude matches no key: {some(unused)}", stacklevel=3)
         floating = {k for k, t in like.dtypes.items() if t.is_floating_point and not _is_excluded(k, exclude)}
         for i, m in enumerate(self.models):
             _check_same(like, m, i, exclude, mixed_dtypes)
@@ -161,7 +96,7 @@ class TaskVectors:
             raise ValueError("nothing to merge: no floating-point tensor is left")
         wide = any(m.dtypes[k] == torch.float64 for m in self.models for k in self.keys)
         self.dtype = torch.float64 if wide else torch.float32
-        self.device = like.state[self.keys[0]].device if isinstance(like, _Tensors) else torch.device("cpu")
+        self.device = like.state[self.keys[0]].device if isinstance(like, Tensors) else torch.device("cpu")
         self.plan = _plan(self.shapes, max(1, block_size // self.n))
         self.whole, self.workers = None, 1
 
@@ -186,12 +121,12 @@ class TaskVectors:
             for key, start, stop, at, count in pieces if self.whole is None else ():
                 base = 0 if self.base is None else self.base_rows(key, start, stop)
                 for row, m in zip(block, self.models):
-                    torch.sub(m.rows(key, start, stop).to(self.device, self.dtype), base, out=row[at:at + count])
+                    torch.sub(m.rows(key, start, stop).reshape(-1).to(self.device, self.dtype), base, out=row[at:at + count])
             finite = torch.isfinite(block.sum(1))
             if not finite.all() and not torch.isfinite(block).all():
                 i = int(torch.isfinite(block).all(1).logical_not().nonzero()[0])
                 names = [p[0] for p in pieces if not torch.isfinite(block[i, p[3]:p[3] + p[4]]).all()]
-                raise ValueError(f"model {i} minus base is not finite in: {_some(names)}")
+                raise ValueError(f"model {i} minus base is not finite in: {some(names)}")
             yield pieces, block
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
@@ -223,7 +158,7 @@ class TaskVectors:
 
     def base_rows(self, key: str, start: int, stop: int) -> Tensor:
         "Some rows of a tensor of the base, flat, in the dtype of the computation."
-        return self.base.rows(key, start, stop).to(self.device, self.dtype)
+        return self.base.rows(key, start, stop).reshape(-1).to(self.device, self.dtype)
 
     def sample(self, size: int, seed: int = 0) -> Tensor:
         "About `size` coordinates drawn at random (all of them where there are not more): shape (N, size)."
@@ -240,13 +175,13 @@ def _check_same(base, model, i: int, exclude: Sequence[str], mixed_dtypes: bool)
     "Raise ValueError unless model i has the keys, shapes and dtypes of the base, excluded keys apart."
     ours = {k for k in base.shapes if not _is_excluded(k, exclude)}
     theirs = {k for k in model.shapes if not _is_excluded(k, exclude)}
-    problems = [f"missing keys: {_some(sorted(ours - theirs))}"] * bool(ours - theirs)
-    problems += [f"unexpected keys: {_some(sorted(theirs - ours))}"] * bool(theirs - ours)
+    problems = [f"missing keys: {some(sorted(ours - theirs))}"] * bool(ours - theirs)
+    problems += [f"unexpected keys: {some(sorted(theirs - ours))}"] * bool(theirs - ours)
     shared = [k for k in base.shapes if k in ours & theirs]
     shapes = [f"{k} {model.shapes[k]} instead of {base.shapes[k]}" for k in shared if model.shapes[k] != base.shapes[k]]
     dtypes = [f"{k} {model.dtypes[k]} instead of {base.dtypes[k]}" for k in shared if model.dtypes[k] != base.dtypes[k]
               and not (mixed_dtypes and model.dtypes[k].is_floating_point and base.dtypes[k].is_floating_point)]
-    problems += [f"shapes differ: {_some(shapes)}"] * bool(shapes) + [f"dtypes differ: {_some(dtypes)}"] * bool(dtypes)
+    problems += [f"shapes differ: {some(shapes)}"] * bool(shapes) + [f"dtypes differ: {some(dtypes)}"] * bool(dtypes)
     if problems:
         raise ValueError(f"model {i} does not match the base; " + "; ".join(problems) + ". Keys can be left out with exclude=")
 
@@ -254,7 +189,7 @@ def _check_same(base, model, i: int, exclude: Sequence[str], mixed_dtypes: bool)
 def _tied(base, models, keys: set) -> dict[str, str]:
     "Second name -> first name of every tensor that the base holds twice (in memory; a saved checkpoint holds it once)."
     first, aliases = {}, {}
-    if isinstance(base, _Tensors):
+    if isinstance(base, Tensors):
         for key in (k for k in base.shapes if k in keys and base.state[k].numel()):
             t = base.state[key]
             name = first.setdefault((t.data_ptr(), t.shape, t.stride(), t.dtype, t.device), key)
@@ -262,7 +197,7 @@ def _tied(base, models, keys: set) -> dict[str, str]:
                 aliases[key] = name
     for i, m in enumerate(models):
         for key, name in aliases.items():
-            if isinstance(m, _Tensors) and not (m.state[key] is m.state[name] or torch.equal(m.state[key], m.state[name])):
+            if isinstance(m, Tensors) and not (m.state[key] is m.state[name] or torch.equal(m.state[key], m.state[name])):
                 raise ValueError(f"{key} and {name} are one tensor in the base and differ in model {i}")
     return aliases
 
@@ -990,20 +925,13 @@ def merge_models(base_module: nn.Module, modules: Sequence[nn.Module], method: s
     return result.eval()
 
 # %% ../../nbs/reuse/pcb_merging.ipynb #caff13f0
-def _folder(source: str | os.PathLike) -> Path:
-    "A local folder, or the local copy of a model on the hub."
-    path = Path(source)
-    if path.is_dir():
-        return path
-    if path.exists() or path.is_absolute() or str(source).count("/") != 1 or str(source).startswith("."):
-        raise ValueError(f"{source}: neither a folder nor a hub id of the form owner/name")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]))
-    except Exception as e:
-        raise ValueError(f"{source}: no such folder, and it cannot be had from the hub ({type(e).__name__}); download it with "
-                         f"`hf download {source}` on a machine with network, or give a local folder") from e
+def _checkpoint(folder: Path) -> Checkpoint:
+    "A checkpoint whose tensors can all be written again."
+    found = Checkpoint(folder)
+    strange = [f"{k} has dtype {t}" for k, t in found.dtypes.items() if isinstance(t, str)]
+    if strange:
+        raise ValueError(f"{folder}: {some(strange)}; allowed: {', '.join(DTYPES)}")
+    return found
 
 
 def merge_checkpoints(base: str | os.PathLike, finetuned: Sequence[str | os.PathLike], output: str | os.PathLike, method: str = "pcb",
@@ -1048,7 +976,7 @@ def merge_checkpoints(base: str | os.PathLike, finetuned: Sequence[str | os.Path
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not an empty folder")
-    root, folders = _folder(base), [_folder(f) for f in finetuned]
+    root, folders = checkpoint_folder(base), [checkpoint_folder(f) for f in finetuned]
     adapters = [(f / "adapter_config.json").is_file() for f in folders]
     if any(adapters) and not all(adapters):
         raise ValueError("some folders hold adapters and others whole models; merge one kind at a time")
@@ -1062,8 +990,8 @@ def merge_checkpoints(base: str | os.PathLike, finetuned: Sequence[str | os.Path
         if folders and all(adapters):
             _write_adapters(root, folders, target, rule, lambdas, exclude)
         else:
-            checkpoint = _Checkpoint(root)
-            vectors = TaskVectors(checkpoint, [_Checkpoint(f) for f in folders], exclude, mixed_dtypes)
+            checkpoint = _checkpoint(root)
+            vectors = TaskVectors(checkpoint, [_checkpoint(f) for f in folders], exclude, mixed_dtypes)
             _write_shards(checkpoint, vectors, rule, lambdas, target)
         if output.exists():
             output.rmdir()
@@ -1071,7 +999,7 @@ def merge_checkpoints(base: str | os.PathLike, finetuned: Sequence[str | os.Path
     return output
 
 
-def _write_shards(base: _Checkpoint, vectors: TaskVectors, rule, lambdas, target: Path) -> None:
+def _write_shards(base: Checkpoint, vectors: TaskVectors, rule, lambdas, target: Path) -> None:
     "Write merged tensors into the base's shards; each is saved as soon as its last tensor is there."
     shards = {}
     for key, shard in base.files.items():
@@ -1120,10 +1048,10 @@ def _adapters(model, adapters: Sequence[str] | None) -> tuple[str, list[str], di
     names = list(model.peft_config) if adapters is None else list(adapters)
     unknown = [a for a in names if a not in model.peft_config]
     if unknown or not names:
-        raise ValueError(f"unknown adapters: {_some(unknown)}; the model has: {_some(model.peft_config)}" if unknown else "no adapters given")
+        raise ValueError(f"unknown adapters: {some(unknown)}; the model has: {some(model.peft_config)}" if unknown else "no adapters given")
     kinds = {str(getattr(model.peft_config[a].peft_type, "value", model.peft_config[a].peft_type)) for a in names}
     if len(kinds) != 1 or not kinds <= {"LORA", "IA3"}:
-        raise ValueError(f"adapters of kind {_some(sorted(kinds))}; allowed: LORA or IA3, all of one kind")
+        raise ValueError(f"adapters of kind {some(sorted(kinds))}; allowed: LORA or IA3, all of one kind")
     kind = kinds.pop()
     slot = {"LORA": ("lora_A", "lora_embedding_A"), "IA3": ("ia3_l",)}[kind]
     layers = {}
@@ -1131,13 +1059,13 @@ def _adapters(model, adapters: Sequence[str] | None) -> tuple[str, list[str], di
         having = [any(a in getattr(layer, s, ()) for s in slot) for a in names]
         if any(having):
             if not all(having):
-                raise ValueError(f"{name} has {_some([a for a, h in zip(names, having) if h])} but not "
-                                 f"{_some([a for a, h in zip(names, having) if not h])}: the adapters must change the same layers")
+                raise ValueError(f"{name} has {some([a for a, h in zip(names, having) if h])} but not "
+                                 f"{some([a for a, h in zip(names, having) if not h])}: the adapters must change the same layers")
             layers[name] = layer
     odd = [a for a in names if kind == "LORA" and (model.peft_config[a].use_dora or getattr(model.peft_config[a], "lora_bias", False)
                                                    or model.peft_config[a].bias != "none")]
     if odd:
-        raise ValueError(f"adapters with DoRA or trained biases are not supported: {_some(odd)}")
+        raise ValueError(f"adapters with DoRA or trained biases are not supported: {some(odd)}")
     return kind, names, layers
 
 
