@@ -47,6 +47,7 @@ _BEFORE = [(r"\\(?:begin|end)\{(?:aligned|gathered|equation|multline)(\*?)\}", l
 _LETTERS = {"bold": (0x1D400, 0x1D41A, 0x1D7CE), "bold-italic": (0x1D468, 0x1D482, 0x1D7CE), "script": (0x1D4D0, 0x1D4EA, None),
             "double-struck": (0x1D538, 0x1D552, 0x1D7D8), "sans-serif": (0x1D5A0, 0x1D5BA, 0x1D7E2),
             "monospace": (0x1D670, 0x1D68A, 0x1D7F6), "fraktur": (0x1D504, 0x1D51E, None)}
+_OLDER = {"double-struck": dict(zip("CHNPQRZ", "ℂℍℕℙℚℝℤ")), "fraktur": dict(zip("CHIRZ", "ℭℌℑℜℨ"))}  # letters that Unicode had before, and left out of the rows above
 _GREEK = {"bold": 0x1D6C2, "bold-italic": 0x1D736}
 _OPERATORS = "±∓×÷·∗∘⊙⊕⊗∼≈≡∝:∣"
 
@@ -55,7 +56,9 @@ def _variant(m) -> str:
     tag, variant, char = m[1], m[2], html.unescape(m[3])
     if len(char) == 1 and variant in _LETTERS:
         upper, lower, digit = _LETTERS[variant]
-        if "A" <= char <= "Z":
+        if char in _OLDER.get(variant, ()):
+            char = _OLDER[variant][char]
+        elif "A" <= char <= "Z":
             char = chr(upper + ord(char) - 65)
         elif "a" <= char <= "z":
             char = chr(lower + ord(char) - 97)
