@@ -229,7 +229,7 @@ def test_readme(tmp_path):
 @pytest.mark.parametrize("tex, wanted", [
     (r"\begin{aligned} a &= b \\ c &= d \end{aligned}", "<mtable"), (r"\mathbf{1}\{x\}", "\U0001d7cf"), (r"\operatorname*{arg\,min}_x f", "arg\u2009min"),
     (r"\sum_{i=1}^n", "munderover"), (r"a \sim b", "<mo>∼</mo>"), (r"\boldsymbol\beta", "\U0001d737"), (r"x \le \frac12", "mfrac"),
-    (r"p \in \mathbb R^D", "ℝ"), (r"\mathbb E\,\mathbb{N}", "𝔼"), (r"\mathfrak H", "ℌ")])
+    (r"p \in \mathbb R^D", "ℝ"), (r"j=\arg\min_{i} x", "munder"), (r"\mathbb E\,\mathbb{N}", "𝔼"), (r"\mathfrak H", "ℌ")])
 def test_mathml(tex, wanted):
     assert wanted in mathml(tex, display=True)
 

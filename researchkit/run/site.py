@@ -35,7 +35,8 @@ from ..core.notebook import MARKS, THEMES, Paper, badge, find_paper, find_record
 from .runner import write_atomically
 
 # %% ../../nbs/run/site.ipynb #78e40840
-_BEFORE = [(r"\\(?:begin|end)\{(?:aligned|gathered|equation|multline)(\*?)\}", lambda m: m[0].replace("aligned", "split")
+_BEFORE = [(r"\\arg\s*\\(min|max)\b", r"\\arg\1"),
+           (r"\\(?:begin|end)\{(?:aligned|gathered|equation|multline)(\*?)\}", lambda m: m[0].replace("aligned", "split")
             if "aligned" in m[0] else ""),
            (r"\\(begin|end)\{align\}", r"\\\1{align*}"),
            (r"\\operatorname\*\{([^{}]*)\}_(\{[^{}]*\}|\w)", r"\\underset{\2}{\\operatorname{\1}}"),
