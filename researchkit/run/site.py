@@ -35,7 +35,7 @@ from ..core.notebook import MARKS, THEMES, Paper, badge, find_paper, find_record
 from .runner import write_atomically
 
 # %% ../../nbs/run/site.ipynb #78e40840
-_BEFORE = [(r"\\arg\s*\\(min|max)\b", r"\\arg\1"),
+_BEFORE = [(r"\\arg\s*\\(min|max)(?![A-Za-z])", r"\\operatorname*{arg\\,\1}"),
            (r"\\(?:begin|end)\{(?:aligned|gathered|equation|multline)(\*?)\}", lambda m: m[0].replace("aligned", "split")
             if "aligned" in m[0] else ""),
            (r"\\(begin|end)\{align\}", r"\\\1{align*}"),
