@@ -221,6 +221,18 @@ def test_a_model_below_its_gate_is_not_kept(quick, monkeypatch):
     assert cached("quick") == []
 
 
+def test_a_gate_that_is_added_later_is_measured(quick, monkeypatch):
+    build("quick", progress=no_progress)
+    r = zoo.RECIPES["quick"]
+    monkeypatch.setitem(zoo.RECIPES, "quick", Recipe("quick", "nothing", r.make, lambda m, t: {"answered": 1.0, "refused": 1.0}, r.settings, {**r.gates, "refused": (0.9, 1.0)}, None, r.code))
+    with pytest.warns(UserWarning, match="refused was never measured"):
+        build("quick", progress=no_progress)
+    assert card("quick")["abilities"]["refused"] == 1.0 and quick == [0, 0]
+    monkeypatch.setitem(zoo.RECIPES, "quick", Recipe("quick", "nothing", r.make, r.measure, r.settings, {"answered": (0.0, 0.5)}, None, r.code))
+    with pytest.raises(zoo.GateError, match="answered is 1.000"):
+        build("quick", progress=no_progress)
+
+
 def test_training_leaves_threads_and_random_numbers_as_they_were(quick):
     torch.manual_seed(5)
     expected = torch.rand(3)

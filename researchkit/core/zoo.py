@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,12 +87,14 @@ def _one_thread() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    "Without the progress bars of transformers, which say nothing about a file of a megabyte."
-    shown = logging.is_progress_bar_enabled()
+    "Without the progress bars and reports of transformers: the files are small, and an encoder is loaded without its head on purpose."
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
 
@@ -412,11 +414,13 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read()).hexdigest()
 
 
-def _damage(folder: Path) -> str | None:
+def _damage(folder: Path, gates: Iterable[str] = ()) -> str | None:
     "What is wrong with an entry, or None."
     try:
-        files = json.loads((folder / CARD).read_text(encoding="utf-8"))["files"]
-        for file, digest in files.items():
+        known = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        if not set(gates) <= set(known["abilities"]):
+            return f"{', '.join(sorted(set(gates) - set(known['abilities'])))} was never measured"
+        for file, digest in known["files"].items():
             if _digest(folder / file) != digest:
                 return f"{file} is altered or cut off"
     except FileNotFoundError as e:
@@ -428,9 +432,8 @@ def _damage(folder: Path) -> str | None:
 
 def card(name: str, seed: int = 0) -> dict | None:
     """What is known about a model that is in the cache: `abilities`, `cpu_seconds`, `versions`, `files`; None if it is not there, or is damaged."""
-    recipe(name)
     folder = _entry(name, seed)
-    return None if _damage(folder) else json.loads((folder / CARD).read_text(encoding="utf-8"))
+    return None if _damage(folder, recipe(name).gates) else json.loads((folder / CARD).read_text(encoding="utf-8"))
 
 
 def cached(name: str) -> list[int]:
@@ -456,14 +459,14 @@ def build(
         if the cache folder cannot be written
     """
     r, folder = recipe(name), _entry(name, seed)
-    if folder.exists() and _damage(folder) is None:
+    if folder.exists() and _damage(folder, r.gates) is None:
         _pass_gates(r, seed, card(name, seed)["abilities"])
         return folder
     parent = None if r.parent is None else build(r.parent, seed, progress)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f"{folder.name}.lock"):
         if folder.exists():
-            wrong = _damage(folder)
+            wrong = _damage(folder, r.gates)
             if wrong is None:  # another process made it meanwhile
                 return folder
             warnings.warn(f"the cached model {name} (seed {seed}) is damaged ({wrong}): it is trained again", stacklevel=2)
