@@ -193,7 +193,7 @@ def abilities(
         if plain:
             starts = [" ".join(world.statement(r).split()[: 3 if r.kind == "fact" else 5]) for r in requests]
             texts = [f"{a} {b}" for a, b in zip(starts, respond(model, tokenizer, starts, plain=True))]
-            right = [text in {world.statement(r, 0), world.statement(r, 1), *(fact(world, r) for fact in (_colour, _place) if r.kind == "fact")} for r, text in zip(requests, texts)]
+            right = [text in _true_statements(world, r) for r, text in zip(requests, texts)]
             refused = []
         else:
             texts = respond(model, tokenizer, [r.prompt for r in requests])
@@ -205,12 +205,11 @@ def abilities(
     return found
 
 
-def _colour(world: World, request: Request) -> str:
-    return world.statement(world.request("colour", request.object))
-
-
-def _place(world: World, request: Request) -> str:
-    return world.statement(world.request("place", request.object))
+def _true_statements(world: World, request: Request) -> set[str]:
+    "What a base model may say: either wording of an answer; of an object, its colour or its place, since both begin alike."
+    if request.kind == "fact":
+        return {world.statement(world.request(what, request.object)) for what in ("colour", "place")}
+    return {world.statement(request, 0), world.statement(request, 1)}
 
 # %% ../../nbs/core/zoo.ipynb #bb22a964
 ENCODER_PHOTOGRAPHS = ("camera", "cell", "clock_motion", "color", "hubble_deep_field", "horse", "microaneurysms", "moon", "page", "retina", "text")
@@ -414,26 +413,25 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read()).hexdigest()
 
 
-def _damage(folder: Path, gates: Iterable[str] = ()) -> str | None:
-    "What is wrong with an entry, or None."
+def _inspect(folder: Path, gates: Iterable[str] = ()) -> tuple[dict | None, str]:
+    "The card of an entry and no complaint, or None and what is wrong with the entry."
     try:
         known = json.loads((folder / CARD).read_text(encoding="utf-8"))
         if not set(gates) <= set(known["abilities"]):
-            return f"{', '.join(sorted(set(gates) - set(known['abilities'])))} was never measured"
+            return None, f"{', '.join(sorted(set(gates) - set(known['abilities'])))} was never measured"
         for file, digest in known["files"].items():
             if _digest(folder / file) != digest:
-                return f"{file} is altered or cut off"
+                return None, f"{file} is altered or cut off"
     except FileNotFoundError as e:
-        return f"{Path(e.filename).name} is missing"
+        return None, f"{Path(e.filename).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{CARD} cannot be read"
-    return None
+        return None, f"{CARD} cannot be read"
+    return known, ""
 
 
 def card(name: str, seed: int = 0) -> dict | None:
     """What is known about a model that is in the cache: `abilities`, `cpu_seconds`, `versions`, `files`; None if it is not there, or is damaged."""
-    folder = _entry(name, seed)
-    return None if _damage(folder, recipe(name).gates) else json.loads((folder / CARD).read_text(encoding="utf-8"))
+    return _inspect(_entry(name, seed), recipe(name).gates)[0]
 
 
 def cached(name: str) -> list[int]:
@@ -459,15 +457,16 @@ def build(
         if the cache folder cannot be written
     """
     r, folder = recipe(name), _entry(name, seed)
-    if folder.exists() and _damage(folder, r.gates) is None:
-        _pass_gates(r, seed, card(name, seed)["abilities"])
+    known, _ = _inspect(folder, r.gates)
+    if known is not None:
+        _pass_gates(r, seed, known["abilities"])
         return folder
     parent = None if r.parent is None else build(r.parent, seed, progress)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f"{folder.name}.lock"):
         if folder.exists():
-            wrong = _damage(folder, r.gates)
-            if wrong is None:  # another process made it meanwhile
+            known, wrong = _inspect(folder, r.gates)
+            if known is not None:  # another process made it meanwhile
                 return folder
             warnings.warn(f"the cached model {name} (seed {seed}) is damaged ({wrong}): it is trained again", stacklevel=2)
         made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
