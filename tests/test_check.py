@@ -1,14 +1,16 @@
 import copy
 import json
+import resource
+import signal
 import subprocess
 
 import pytest
 
-from conftest import HOME, notebook, write
+from conftest import HOME, notebook, tree, write
 from researchkit.core.errors import InputError
 from researchkit.core.notebook import MIME, THEMES, code_hash, find_record, load_notebook
 from researchkit.run import check as rk
-from researchkit.run.new import new_paper
+from researchkit.run.new import copy_paper, new_paper
 
 
 def record(**changes):
@@ -158,6 +160,67 @@ def test_new_paper_refuses(tmp_path):
     assert path.with_suffix(".svg").exists() and "SLUG" not in path.read_text() and "THEME" not in path.read_text()
     with pytest.raises(InputError, match="tiny exists: nbs/theory/tiny.ipynb"):
         new_paper("tiny", "reuse", tmp_path)
+
+
+def test_a_copy_is_equal_and_replaces_nothing(tmp_path, monkeypatch):
+    source = new_paper("tiny", "theory", tmp_path / "repo")
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert copy_paper("tiny", root=tmp_path / "repo").resolve() == here / "tiny.ipynb"
+    assert tree(here).keys() == {str(here / "tiny.ipynb"), str(here / "tiny.svg")}
+    assert all(p.read_bytes() == source.with_name(p.name).read_bytes() for p in here.iterdir())
+    for kept in ("tiny.svg", "tiny.ipynb"):
+        before = tree(here)
+        with pytest.raises(InputError, match="exists: nothing was copied"):
+            copy_paper("tiny", here, tmp_path / "repo")
+        assert tree(here) == before
+        (here / kept).unlink()
+    (here / "tiny.ipynb").symlink_to("nowhere")
+    with pytest.raises(InputError, match="tiny.ipynb exists"):
+        copy_paper("tiny", here, tmp_path / "repo")
+    assert [p.name for p in here.iterdir()] == ["tiny.ipynb"]
+
+
+def test_copies_that_are_refused(tmp_path, monkeypatch):
+    new_paper("tiny", "theory", tmp_path / "repo")
+    (tmp_path / "file").touch()
+    before = tree(tmp_path)
+    for slug, folder, word in (("tyni", ".", "unknown paper 'tyni'"), ("tiny", "missing", "no folder"), ("tiny", "file", "not a folder")):
+        with pytest.raises(InputError, match=word):
+            copy_paper(slug, tmp_path / folder, tmp_path / "repo")
+    monkeypatch.setattr("os.access", lambda *a: False)
+    with pytest.raises(InputError, match="not writable"):
+        copy_paper("tiny", tmp_path, tmp_path / "repo")
+    assert tree(tmp_path) == before
+
+
+def test_a_copy_that_fails_half_way_leaves_nothing(tmp_path):
+    source = new_paper("tiny", "theory", tmp_path / "repo")
+    here = tmp_path / "here"
+    here.mkdir()
+    source.with_suffix(".svg").write_text("<svg/>")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))  # room for the picture only
+    try:
+        with pytest.raises(OSError):
+            copy_paper("tiny", here, tmp_path / "repo")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(here.iterdir()) == []
+
+
+def test_nothing_is_published_into_an_installed_package(tmp_path):
+    inside = tmp_path / "researchkit" / "_repository"
+    path = new_paper("tiny", "theory", inside)
+    (inside / "settings.ini").touch()
+    (tmp_path / "researchkit" / "__init__.py").touch()
+    before = tree(tmp_path)
+    with pytest.raises(InputError, match="read-only"):
+        rk.publish([path], tmp_path)
+    assert tree(tmp_path) == before
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from conftest import FRONT, notebook, write
 from researchkit.core.errors import InputError, RecordError
-from researchkit.core.notebook import (MIME, PROFILES, Parameter, code_hash, coerce, find_paper, find_record, find_root, front_matter,
-                                       load_notebook, paper_paths, parameters, read_paper, settle)
+from researchkit.core.notebook import (MIME, PROFILES, Parameter, code_hash, coerce, find_clone, find_paper, find_record, find_root, front_matter,
+                                       is_packaged, is_paper, load_notebook, paper_paths, parameters, read_paper, settle)
+from researchkit.core.study import Study
 
 front = FRONT.format(slug="one", theme="theory")
 
@@ -103,6 +104,79 @@ def test_find_root(tmp_path, monkeypatch):
     monkeypatch.setenv("RESEARCHKIT_HOME", str(tmp_path / "nbs"))
     with pytest.raises(InputError, match="RESEARCHKIT_HOME"):
         find_root()
+
+
+def test_the_notebooks_of_an_installed_package_are_read_only(tmp_path, monkeypatch):
+    monkeypatch.delenv("RESEARCHKIT_HOME", raising=False)
+    inside = tmp_path / "researchkit" / "_repository"
+    (inside / "nbs" / "theory").mkdir(parents=True)
+    (inside / "settings.ini").write_text("[DEFAULT]\nlib_name = researchkit\n")
+    assert not is_packaged(inside) and find_clone(inside) == inside.resolve()  # only a folder of this name
+    (tmp_path / "researchkit" / "__init__.py").touch()
+    assert is_packaged(inside) and is_packaged(inside / "nbs" / "theory" / "one.ipynb") and not is_packaged(tmp_path)
+    for home in ("", str(inside)):
+        monkeypatch.setenv("RESEARCHKIT_HOME", home)
+        assert find_root(inside / "nbs") == inside.resolve()
+        with pytest.raises(InputError, match="needs a clone.*read-only") as e:
+            find_clone(inside / "nbs")
+        assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name, own", [("researchkit", True), ("other", False), ("%(repo)s", False)])
+def test_another_library_that_is_written_with_nbdev_is_passed_over(tmp_path, monkeypatch, name, own):
+    monkeypatch.delenv("RESEARCHKIT_HOME", raising=False)
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "settings.ini").write_text(f"[DEFAULT]\nrepo = x\nlib_name = {name}\n")
+    assert (find_root(tmp_path) == tmp_path.resolve()) == own
+    monkeypatch.setenv("RESEARCHKIT_HOME", str(tmp_path))
+    if not own:
+        with pytest.raises(InputError, match="of researchkit"):
+            find_root()
+
+
+def test_a_copy_may_have_any_name_and_takes_its_theme_from_its_categories(tmp_path):
+    nb = load_notebook(save(tmp_path))
+    copy = write(nb, tmp_path / "theory" / "mine.ipynb")  # a folder of this name makes no theme
+    paper = read_paper(copy)
+    assert is_paper(copy) and (paper.slug, paper.theme, paper.page, paper.path) == ("one", "theory", "theory/one.html", copy)
+    for categories, theme in (("[a, safety, theory]", "safety"), ("[a]", ""), ("[]", "")):
+        nb["cells"][0]["source"] = front.replace("categories: [theory]", f"categories: {categories}").splitlines(keepends=True)
+        assert read_paper(write(nb, copy)).theme == theme
+    assert read_paper(copy).page == "one.html"
+    with pytest.raises(InputError, match="'one'.*'mine'"):
+        read_paper(write(nb, tmp_path / "nbs" / "theory" / "mine.ipynb"))
+
+
+def test_what_is_a_paper(tmp_path, monkeypatch):
+    assert not is_paper(write(notebook("one", "1", front=None), tmp_path / "one.ipynb"))
+    assert not is_paper(tmp_path / "missing.ipynb")
+    for name in ("nbs/theory/one.ipynb", "elsewhere/one.ipynb"):
+        path = write(notebook("one", "1", front=None), tmp_path / name)
+        path.write_text(save(tmp_path / "bad", front.replace("year: 2024", "year: [2024")).read_text())
+        with pytest.raises(InputError, match="one.ipynb:.*expected"):
+            is_paper(path) and read_paper(path)
+    path = write(notebook("one", "1", front=None), tmp_path / "nbs" / "theory" / "one.ipynb")
+    monkeypatch.chdir(path.parent)
+    assert is_paper("one.ipynb")  # so that what it lacks is said
+    with pytest.raises(InputError, match="'title' is missing"):
+        read_paper("one.ipynb")
+
+
+def test_a_study_reads_the_copy_that_runs(tmp_path, monkeypatch):
+    published = save(tmp_path / "repo")
+    (tmp_path / "repo" / "settings.ini").touch()
+    monkeypatch.setenv("RESEARCHKIT_HOME", str(tmp_path / "repo"))
+    nb = load_notebook(published)
+    nb["cells"][-1]["source"] = ["edited"]
+    copy = write(nb, tmp_path / "mine.ipynb")
+    broken = write(nb, tmp_path / "broken.ipynb")
+    broken.write_text(broken.read_text().replace("year: 2024", "year: [2024"))
+    other = write(notebook("two", "2"), tmp_path / "two.ipynb")
+    assert code_hash(load_notebook(copy)) != code_hash(load_notebook(published))
+    for given, read in ((copy, copy), (published, published), ("", published), (other, published), (broken, published),
+                        (tmp_path / "missing.ipynb", published)):
+        monkeypatch.setenv("RESEARCHKIT_NOTEBOOK", str(given))
+        assert Study(paper="one")._hash == code_hash(load_notebook(read))
 
 
 def test_papers_are_found_in_the_order_of_the_themes(tmp_path):

@@ -27,7 +27,7 @@ from IPython.display import display
 from scipy import stats
 
 from .errors import InputError, RecordError, unknown
-from .notebook import (MIME, PROFILES, SCHEMA_VERSION, VERDICTS, badge, code_hash, find_paper, load_notebook, measured_text,
+from .notebook import (MIME, PROFILES, SCHEMA_VERSION, VERDICTS, badge, code_hash, find_paper, front_matter, load_notebook, measured_text,
                                        number_text, parameters, refuse_newer)
 
 # %% ../../nbs/core/study.ipynb #f4319629
@@ -640,9 +640,16 @@ class Study:
 
     @staticmethod
     def _notebook(paper: str) -> dict | None:
-        given = os.environ.get("RESEARCHKIT_NOTEBOOK", "")
+        for variable in ("RESEARCHKIT_NOTEBOOK", "JPY_SESSION_NAME"):  # the harness's, and Jupyter's for the notebook that is open
+            path = os.environ.get(variable, "")
+            try:
+                facts = front_matter(path).get("paper") if path else None
+                if path and (Path(path).stem == paper or isinstance(facts, dict) and facts.get("slug") == paper):
+                    return load_notebook(path)
+            except (InputError, OSError):
+                pass
         try:
-            return load_notebook(given if Path(given).stem == paper else find_paper(paper))
+            return load_notebook(find_paper(paper))
         except InputError:
             return None
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.errors import InputError
-from ..core.notebook import code_hash, find_record, find_root, front_matter, joined, load_notebook, paper_paths, parameters, read_paper, THEMES
+from ..core.notebook import (code_hash, find_clone, find_record, front_matter, is_packaged, is_paper, joined, load_notebook, paper_paths, parameters,
+                                       read_paper)
 from ..core.study import validate_record
 from .runner import Result, execute, plan, write_atomically
 
@@ -179,9 +180,11 @@ def publish(
     Raises
     ------
     InputError
-        as `plan` does
+        if there is no clone, or a notebook belongs to an installed package, or as `plan` does
     """
-    root = Path(root or find_root())
+    root = Path(root or find_clone())
+    for path in filter(is_packaged, paths):
+        raise InputError(f"{path} belongs to an installed package, whose notebooks are read-only")
     pages = [(root / "nbs" / f"{name}.ipynb").resolve() for name in DERIVED]
     with tempfile.TemporaryDirectory(prefix="researchkit-publish-") as folder:
         def planned(some):
@@ -308,15 +311,21 @@ def check(
     root: str | Path | None = None,
     paths: list[Path] | None = None,  # some notebooks; the whole tree by default
 ) -> list[str]:
-    "What is not as it should be, a line each, each beginning with the file. Nothing is executed."
-    root = Path(root or find_root())
+    """What is not as it should be, a line each, each beginning with the file. Nothing is executed.
+
+    Raises
+    ------
+    InputError
+        if there is no clone
+    """
+    root = Path(root or find_clone())
     problems = []
     for path in paths or all_notebooks(root):
         path = Path(path)
         name = path.relative_to(root) if path.is_relative_to(root) else path
         try:
             nb = load_notebook(path)
-            found = _check_any(path, nb, root) + (_check_paper(path, nb) if path.parent.name in THEMES else [])
+            found = _check_any(path, nb, root) + (_check_paper(path, nb) if is_paper(path) else [])
         except InputError as e:
             found = [str(e).removeprefix(f"{path}").removeprefix(": ")]
         problems += [f"{name}{p}" if p.startswith(":") else f"{name}: {p}" for p in found]
@@ -348,7 +357,7 @@ def changed_papers(
     InputError
         if this is no git checkout or the commit is unknown
     """
-    root = Path(root or find_root())
+    root = Path(root or find_clone())
     names = _git(root, "diff", "--name-only", since, "--", "nbs").splitlines()
     names += _git(root, "ls-files", "--others", "--exclude-standard", "--", "nbs").splitlines()
     paths = paper_paths(root)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..core.errors import InputError
 from ..core.extras import missing
-from ..core.notebook import find_root, paper_paths
+from ..core.notebook import find_root, is_packaged, paper_paths
 from .runner import cores
 
 # %% ../../nbs/run/doctor.ipynb #3a1a4270
@@ -57,7 +57,7 @@ def diagnose(
     say("ok" if good else "note", "Python", version if good else f"{version}; tested with 3.10 to 3.13")
     try:
         root = Path(root or find_root())
-        say("ok", "notebooks", f"{len(paper_paths(root))} papers in {root}")
+        say("ok", "notebooks", f"{len(paper_paths(root))} papers" + (", packaged" if is_packaged(root) else f" in {root}"))
     except InputError as e:
         say("error", "notebooks", str(e))
         root = None
@@ -70,7 +70,7 @@ def diagnose(
                 importlib.metadata.distribution(name)
             except importlib.metadata.PackageNotFoundError:
                 absent.append(name)
-    say("error" if absent else "ok", "requirements", f"missing: {', '.join(absent)}; pip install -e ." if absent else "all installed")
+    say("error" if absent else "ok", "requirements", f"missing: {', '.join(absent)}; pip install {'-e .' if root and not is_packaged(root) else 'researchkit'}" if absent else "all installed")
     for extra in about.get_all("Provides-Extra") or []:
         gone = missing([extra])
         if gone:

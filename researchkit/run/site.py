@@ -31,7 +31,7 @@ from pathlib import Path
 import yaml
 
 from ..core.errors import InputError
-from ..core.notebook import MARKS, THEMES, Paper, badge, find_paper, find_record, find_root, front_matter, joined, load_notebook, measured_text, papers
+from ..core.notebook import MARKS, THEMES, Paper, badge, find_clone, find_paper, find_record, find_root, front_matter, joined, load_notebook, measured_text, papers
 from .runner import write_atomically
 
 # %% ../../nbs/run/site.ipynb #78e40840
@@ -860,7 +860,7 @@ def quarto_config(
     InputError
         if it is missing or not YAML
     """
-    root = Path(root or find_root())
+    root = Path(root or find_clone())
     path = root / "_quarto.yml"
     if not path.is_file():
         raise InputError(f"{path}: there is no such file; the site is configured there")
@@ -1127,7 +1127,7 @@ def api_pages(
     root: str | Path | None = None,
 ) -> dict[str, str]:
     "The reference as markdown documents with front matter: `api/index.qmd` and one a module, by path."
-    root = Path(root or find_root())
+    root = Path(root or find_clone())
     site = quarto_config(root)["website"]
     blob = f"{site['repo-url']}/blob/{site['repo-branch']}"
     pages, groups = {}, {}
@@ -1265,7 +1265,7 @@ def build_site(
     InputError
         if `out` holds something else than a site, if Quarto was asked for and is not there, or if it failed
     """
-    root = Path(root or find_root()).resolve()
+    root = Path(root or find_clone()).resolve()
     config = quarto_config(root)
     out = Path(out or root / _settings(root).get("doc_path", "_docs")).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out / "index.html").is_file()):
