@@ -275,9 +275,7 @@ def sweep(source: Source,
     try:
         results = planned.run(**how, retry_failed=retry_failed, warm=not cold, display=shown)
     except KeyboardInterrupt:
-        from researchkit.run.results import Results
-
-        stopped, results = True, Results(planned.store)
+        stopped = True
     report = planned.report
     print(f"{report['done']} done, {report['kept']} finished before, {len(report['failed'])} failed" + (f", {report['left']} left" if stopped else ""))
     for id in report["failed"][:5]:

@@ -12,7 +12,8 @@ import pytest
 from conftest import RECORD, alive, notebook, tree, write
 from researchkit.core.errors import InputError
 from researchkit.run import site
-from researchkit.run.runner import Job, Progress, Result, clock, cores, execute, finished, plan, resolve, write_atomically
+from researchkit.core.files import write_atomically
+from researchkit.run.runner import Job, Progress, Result, clock, cores, execute, finished, plan, resolve
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
+from .files import write_atomically
+
 # %% ../../nbs/core/cache.ipynb #0c965f98
 LIST = "ready.json"
 
@@ -57,10 +59,7 @@ def remember(
 ) -> None:
     "Add models to the list. A list that cannot be written is no error: it only saves time."
     listed = {**_listed(), **{model: {"folder": folder.name, "files": _state(folder)} for model, folder in models.items()}}
-    path = cache_folder() / LIST
-    partial = path.with_name(f".{LIST}.{os.getpid()}")
     try:
-        partial.write_text(json.dumps({"code": _code(), "models": listed}, indent=1), encoding="utf-8")
-        os.replace(partial, path)
+        write_atomically(cache_folder() / LIST, json.dumps({"code": _code(), "models": listed}, indent=1))
     except OSError:
-        partial.unlink(missing_ok=True)
+        pass

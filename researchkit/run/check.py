@@ -16,10 +16,11 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.errors import InputError
+from ..core.files import write_atomically
 from ..core.notebook import (code_hash, find_clone, find_record, front_matter, is_packaged, is_paper, joined, load_notebook, paper_paths, parameters,
                                        read_paper)
 from ..core.study import validate_record
-from .runner import Result, execute, plan, write_atomically
+from .runner import Result, execute, plan
 
 # %% ../../nbs/run/check.ipynb #29502385
 DEFAULT_TOLERANCE = ["rel", 0.05]

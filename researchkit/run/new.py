@@ -10,9 +10,9 @@ import re
 from pathlib import Path
 
 from ..core.errors import InputError, unknown
+from ..core.files import write_atomically
 from ..core.notebook import THEMES, find_clone, find_paper, paper_paths, read_paper
 from .check import write_notebook
-from .runner import write_atomically
 
 # %% ../../nbs/run/new.ipynb #8a47f213
 _TEMPLATE = '''

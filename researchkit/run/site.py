@@ -31,8 +31,8 @@ from pathlib import Path
 import yaml
 
 from ..core.errors import InputError
+from ..core.files import write_atomically
 from ..core.notebook import MARKS, THEMES, Paper, badge, find_clone, find_paper, find_record, find_root, front_matter, joined, load_notebook, measured_text, papers
-from .runner import write_atomically
 
 # %% ../../nbs/run/site.ipynb #78e40840
 _BEFORE = [(r"\\arg\s*\\(min|max)(?![A-Za-z])", r"\\operatorname*{arg\\,\1}"),

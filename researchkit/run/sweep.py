@@ -29,7 +29,7 @@ import yaml
 
 from ..core.errors import InputError, unknown
 from ..core.extras import need
-from ..core.notebook import code_hash, find_record, joined
+from ..core.notebook import find_record, joined
 from .design import design, read_sweep
 from .runner import Job, Run, Source, clock, cores, kernel_environment, resolve
 from .store import Store, StoreError
@@ -152,7 +152,7 @@ def perform(
         try:
             path.parent.mkdir()
             path.write_text(task["notebook"], encoding="utf-8")
-            server = server_for(imported(nb), kernel_environment(threads), key=task["versions"].get("researchkit", "")) if task["warm"] else None
+            server = server_for(imported(nb, names=True), kernel_environment(threads), key=task["versions"].get("researchkit", "")) if task["warm"] else None
             result = Run(job, threads, timeout=task["timeout"], server=server).go()
             if result.status == "failed" and shutil.disk_usage(scratch).free < 1e6:
                 raise OSError(28, "No space left on device")
@@ -240,7 +240,7 @@ class LocalExecutor(Executor):
                 pool.shutdown(wait=True, kill_workers=True)
         self._threads.shutdown(wait=wait)
         for pool in list(self._pools):
-            pool.shutdown(wait=True, kill_workers=True)
+            pool.shutdown(wait=wait)
         shutil.rmtree(self._scratch, ignore_errors=True)
 
 
@@ -440,6 +440,8 @@ class Sweep:
             report = self.report = {"kept": len(planned & finished), "done": 0, "failed": [run.id for run in self.runs if run.id in failed & skip - finished], "left": len(todo)}
             if todo:
                 self._execute(todo, report, jobs, scheduler, resources, executor, retry_failed, warm, display or SweepProgress(stream=None))
+            if not (self._ids("runs") or self._ids("failed")):  # interrupted before the first run ended
+                raise KeyboardInterrupt
             results = Results(self.store)
             results.save()
             if report["left"]:
@@ -520,7 +522,7 @@ class Sweep:
                 future.cancel()
                 release()
             if own:
-                executor.shutdown(wait=True, cancel_futures=True)
+                executor.shutdown(wait=True, cancel_futures=bool(todo or flying or elsewhere))
             for s, handler in previous.items():
                 signal.signal(s, handler)
 
