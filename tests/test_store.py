@@ -262,6 +262,7 @@ def test_places_that_cannot_be_reached(place, message):
 
 
 def test_a_place_without_writing(tmp_path):
+    pytest.importorskip("aiohttp")
     store = Store("http://127.0.0.1:9/x")
     for call in (lambda: store.write("a", "b"), lambda: store.names("a"), lambda: store.read_many(["a", "b"])):
         with pytest.raises(StoreError, match="http://127.0.0.1:9/x") as e:
