@@ -399,6 +399,9 @@ def results(source: Annotated[Optional[str], typer.Argument(metavar="[SOURCE]", 
     else:
         if plain and table is None:
             _print_overview(found)
+        if not total:
+            print("nothing meets the conditions" if where else "no rows")
+            return
         _print_frame(frame, total, "-o FILE.csv or --json has all, -w chooses")
 
 # %% ../nbs/cli.ipynb #6855fc42

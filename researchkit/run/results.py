@@ -30,7 +30,6 @@ from ..core.errors import InputError, RecordError, unknown
 from ..core.extras import need
 from ..core.files import write_atomically
 from ..core.notebook import SCHEMA_VERSION, VERDICTS, find_record, number_text, paper_paths, refuse_newer
-from ..core.study import mean_interval, validate_record
 from .store import Store, StoreError
 
 # %% ../../nbs/run/results.ipynb #4f97807f
@@ -116,6 +115,12 @@ class _Plan:
         return [name for name in self.types if name.startswith(f"{part}:")]
 
 # %% ../../nbs/run/results.ipynb #9174ad9f
+def _valid(record: dict, name: str = "record") -> dict:
+    from researchkit.core.study import validate_record  # with its imports, it takes longer than reading a thousand runs
+
+    return validate_record(record, name)
+
+
 class ResultsWarning(UserWarning):
     "A file of a sweep was skipped."
 
@@ -351,7 +356,7 @@ class _Folder:
 
     def listing(self) -> tuple[set[str], set[str]]:
         "The ids of finished runs, and of those that only failed."
-        done, failed = ({name[:-5] for name in self.store.names(folder) if name.endswith(".json")} for folder in ("runs", "failed"))
+        failed, done = ({name[:-5] for name in self.store.names(folder) if name.endswith(".json")} for folder in ("failed", "runs"))  # in this order: a retry moves a run from one to the other
         return done, failed - done
 
     def documents(self, ids: Iterable[str], done: bool = True) -> Iterable[tuple[str, bool, dict]]:
@@ -465,7 +470,7 @@ class _Kept:
         self = cls.__new__(cls)
         self._folders, self._filters, self._data, self._frames, self._records = [], [], None, {}, {}
         for params, record in pairs:
-            validate_record(record)
+            _valid(record)
             id = hashlib.sha256(json.dumps([record["paper"], params, record["code_hash"], len(self._records)], sort_keys=True).encode()).hexdigest()[:16]
             self._records[id] = {"schema": 1, "id": id, "paper": record["paper"], "profile": record["profile"], "params": params, "code_hash": record["code_hash"],
                                  "versions": record["versions"], "status": "done", "started": None, "seconds": None, "record": record, "files": []}
@@ -665,6 +670,8 @@ def _turn(store: Store, patience: float = 30.0):
 # %% ../../nbs/run/results.ipynb #42fe9544
 def _summarise(rows: pd.DataFrame, metrics: list[str], by: list[str], limit: float = math.inf) -> tuple[pd.DataFrame, int]:
     "The first lines of a summary, and how many it has. Intervals are computed for these lines only."
+    from researchkit.core.study import mean_interval
+
     group = rows.groupby(by, sort=False, dropna=False).ngroup().to_numpy() if by else np.zeros(len(rows), int)
     keys = rows.assign(_group=group).drop_duplicates("_group").set_index("_group")[by]
     if "seed" in rows:
@@ -924,7 +931,7 @@ def _published(path: Path) -> Results:
     record = find_record(path)
     if record is None:
         raise InputError(f"{path} carries no record: run it, or publish it")
-    validate_record(record, str(path))
+    _valid(record, str(path))
     return Results.from_records([(record["params"], record)])
 
 # %% ../../nbs/run/results.ipynb #0e74b2b3

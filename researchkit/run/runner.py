@@ -37,10 +37,13 @@ def resolve(
     InputError
         for a name that is none of these, with the closest ones
     """
-    paths = paper_paths(root)
+    files = {name for name in names if name.endswith(".ipynb") and Path(name).is_file()}
+    paths = paper_paths(root) if len(files) < len(set(names)) else {}
     found = []
     for name in names:
-        if name == "all":
+        if name in files:
+            found.append(Path(name).resolve())
+        elif name == "all":
             found += paths.values()
         elif name in paths:
             found.append(paths[name])
@@ -49,8 +52,6 @@ def resolve(
             if not there:
                 raise InputError(f"theme '{name}' has no papers yet")
             found += there
-        elif name.endswith(".ipynb") and Path(name).is_file():
-            found.append(Path(name).resolve())
         else:
             raise unknown("paper or theme", name, [*paths, *(t for t in THEMES if any(p.parent.name == t for p in paths.values()))],
                           plural="papers and themes")

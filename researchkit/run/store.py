@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..core.errors import InputError
@@ -202,7 +202,8 @@ class Store:
                 return lambda: None
 
         def release():
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
             lock.release()
 
         return release

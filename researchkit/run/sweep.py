@@ -20,7 +20,9 @@ import tempfile
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Executor, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -29,19 +31,25 @@ import yaml
 
 from ..core.errors import InputError, unknown
 from ..core.extras import need
-from ..core.notebook import find_record, joined
-from .design import design, read_sweep
+from ..core.notebook import coerce, find_record, joined
+from .design import described, design, read_sweep
 from .runner import Job, Run, Source, clock, cores, kernel_environment, resolve
 from .store import Store, StoreError
 
 # %% ../../nbs/run/sweep.ipynb #5734534d
 def _imports(source: str) -> set[str]:
     "Modules that a Python source imports, at any depth of its blocks; relative imports are left out."
-    lines = [line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))]
+    if source.lstrip().startswith("%%"):  # such as %%time: the rest is Python, or cannot be parsed
+        source = source.lstrip().partition("\n")[2]
     try:
-        tree = ast.parse("\n".join(lines))
-    except SyntaxError:
-        return set()
+        tree = ast.parse(source)
+    except SyntaxError:  # IPython's magics and shell commands
+        from IPython.core.inputtransformer2 import TransformerManager
+
+        try:
+            tree = ast.parse(TransformerManager().transform_cell(source))
+        except SyntaxError:
+            return set()
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -255,6 +263,8 @@ def dask_executor(
     ------
     InputError
         if no scheduler answers
+    WorkerError
+        if a worker has no researchkit, or none has the resources
     ImportError
         if dask.distributed is not installed
     """
@@ -263,6 +273,25 @@ def dask_executor(
         client = distributed.Client(address, timeout=timeout, set_as_default=False)
     except (OSError, ValueError) as e:
         raise InputError(f"no Dask scheduler answers at '{address}' ({' '.join(str(e).split())[:200] or type(e).__name__})") from None
+
+    def able() -> bool:  # sent by value: a worker without the package could not look it up
+        import importlib.util
+
+        try:
+            return importlib.util.find_spec("researchkit.run.sweep") is not None
+        except ImportError:
+            return False
+
+    unable = [worker for worker, answer in client.run(able).items() if not answer]
+    try:
+        there = client.scheduler_info(n_workers=-1)["workers"].values()
+    except TypeError:  # before distributed 2025
+        there = client.scheduler_info()["workers"].values()
+    lacking = [f"{name}={amount:g}" for name, amount in (resources or {}).items() if there and amount > max(w.get("resources", {}).get(name, 0) for w in there)]
+    if unable or lacking:
+        client.close()
+        raise WorkerError(f"worker '{unable[0]}' has no researchkit, or an older one: install the same version there" if unable else
+                          f"no worker of '{address}' has {' '.join(lacking)}: start workers with --resources '{lacking[0]}'")
     executor = client.get_executor(pure=False, **({"resources": resources} if resources else {}))
     end = executor.shutdown
 
@@ -270,7 +299,7 @@ def dask_executor(
         end(wait=False)
         client.close()
 
-    executor.shutdown = shutdown
+    executor.shutdown, executor.deserted = shutdown, lambda: not client.nthreads()
     return executor, lambda: max(64, 2 * sum(client.nthreads().values()))
 
 # %% ../../nbs/run/sweep.ipynb #8d3dc1fe
@@ -333,10 +362,14 @@ class Sweep:
         self.keep, self.timeout = keep, timeout
         self.store = out if isinstance(out, Store) else Store(out or Path("sweeps") / source.name)
         self.versions = versions(source.nb)
-        self.description = {"paper": str(paper), "profile": profile, "params": params, "grid": grid, "zip": zip, "sample": sample, "sample_seed": sample_seed if sample else None}
+        grid, zip = ({name: values if isinstance(values, str) or hasattr(values, "rvs") or not isinstance(values, Iterable) else list(values) for name, values in (axes or {}).items()} for axes in (grid, zip))
         self.runs, self.report = [], {}
-        defaults = {name: p.default for name, p in source.declared.items()}
-        for given in design(source.declared, grid, zip, sample, sample_seed, params):
+        defaults = {name: coerce(p, p.default) for name, p in source.declared.items()}
+        settings = design(source.declared, grid, zip, sample, sample_seed, params)
+        fixed = {name: value for name, value in settings[0].items() if name in {str(key) for key in params or {}} | {f"{key}s" for key in params or {}}}
+        where = {"out": self.store.place if isinstance(out, Store) else os.fspath(out)} if out else {}
+        self.description = {"paper": str(paper), "profile": profile, "params": fixed} | where | {"keep": keep, "timeout": timeout} | described(settings, grid, zip, sample, sample_seed)
+        for given in settings:
             given, own = source.settle(given, profile)
             everything = defaults | given
             self.runs.append(Planned(run_id(source.name, source.hash, everything, self.versions), everything, given, own, source.models(given, own)))
@@ -379,13 +412,15 @@ class Sweep:
         if done:
             self.store.write(f"runs/{run.id}.json", json.dumps(entry))
             self.store.remove(f"failed/{run.id}.json")
+            if self.keep != "all":
+                self.store.remove(f"notebooks/{run.id}.ipynb")
         else:
             entry |= {key: outcome[key] for key in ("error", "heading", "traceback")}
             self.store.write(f"failed/{run.id}.json", json.dumps(entry))
 
     def _describe(self) -> None:
         "Leave a description from which the same sweep can be started again."
-        plain = {key: {name: _plain(v) for name, v in value.items()} if isinstance(value, dict) else value for key, value in self.description.items() if value}
+        plain = {key: value for key, value in self.description.items() if value}
         text = yaml.safe_dump(plain, sort_keys=False)
         name = f"sweep-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"
         if not self.store.exists(name):
@@ -431,27 +466,48 @@ class Sweep:
             raise InputError(f"the number of jobs must be at least 1, not {jobs}")
         if resources and not scheduler:
             raise InputError("resources are for a Dask scheduler; give its address too")
-        self._describe()
         planned = {run.id for run in self.runs}
         while True:
-            finished, failed = self._ids("runs"), self._ids("failed")
+            failed, finished = self._ids("failed"), self._ids("runs")  # in this order: a retry moves a run from one to the other
             skip = finished if retry_failed else finished | failed
             todo = deque(run for run in self.runs if run.id not in skip)
             report = self.report = {"kept": len(planned & finished), "done": 0, "failed": [run.id for run in self.runs if run.id in failed & skip - finished], "left": len(todo)}
-            if todo:
-                self._execute(todo, report, jobs, scheduler, resources, executor, retry_failed, warm, display or SweepProgress(stream=None))
+            with self._told():
+                self._describe()
+                if todo:
+                    self._execute(todo, report, jobs, scheduler, resources, executor, retry_failed, warm, display or SweepProgress(stream=None))
             if not (self._ids("runs") or self._ids("failed")):  # interrupted before the first run ended
                 raise KeyboardInterrupt
             results = Results(self.store)
-            results.save()
+            with self._told():
+                results.save()
             if report["left"]:
                 raise KeyboardInterrupt
-            damaged = planned & skip - set(results.runs["run"])  # a disk that lost power may leave a file without its content
-            if not damaged:
+            lost = [name for id in planned & skip - set(results.runs["run"]) for name in (f"runs/{id}.json", f"failed/{id}.json") if self._damaged(name)]
+            if not lost:
                 return results
-            for id in damaged:
-                self.store.remove(f"runs/{id}.json")
-                self.store.remove(f"failed/{id}.json")
+            for name in lost:
+                self.store.remove(name)
+            retry_failed = False
+
+    def _damaged(self, name: str) -> bool:
+        "Whether a file is there without its content: a disk that lost power may leave that."
+        try:
+            json.loads(self.store.read(name))
+        except FileNotFoundError:
+            return False
+        except ValueError:
+            return True
+        return False
+
+    @contextmanager
+    def _told(self):
+        "Say with a place that cannot be written what is safe."
+        try:
+            yield
+        except StoreError as e:
+            count = sum(self.report.get(key, 0) for key in ("kept", "done"))
+            raise StoreError(f"{e}; {count} of {len(self.runs)} runs are finished and kept: make it writable and start the same sweep again") from e
 
     def _execute(self, todo, report, jobs, scheduler, resources, executor, retry_failed, warm, display) -> None:
         threads, window, own = None, lambda: jobs or min(cores(), 8), executor is None
@@ -465,7 +521,7 @@ class Sweep:
         if threading.current_thread() is threading.main_thread():
             previous = {s: signal.signal(s, lambda *_: interrupted.set()) for s in (signal.SIGINT, signal.SIGTERM)}
         elsewhere: deque[Planned] = deque()  # runs that another sweep is doing
-        look = time.monotonic()
+        look, quiet = time.monotonic(), time.monotonic() + 30
 
         def settled(run: Planned) -> bool:
             "Whether another sweep has ended this run meanwhile."
@@ -502,6 +558,11 @@ class Sweep:
                         interrupted.wait(0.2 if elsewhere else 0)
                         continue
                     ended, _ = wait(flying, timeout=0.2, return_when=FIRST_COMPLETED)
+                    quiet = time.monotonic() + 30 if ended else quiet
+                    if time.monotonic() > quiet:
+                        quiet += 300
+                        if getattr(executor, "deserted", bool)():
+                            display.note(f"no worker is connected to {scheduler}; waiting for one")
                     for future in ended:
                         run, release = flying.pop(future)
                         try:
@@ -515,8 +576,6 @@ class Sweep:
                         else:
                             report["failed"].append(run.id)
                         display.end(run, outcome, report)
-        except StoreError as e:
-            raise StoreError(f"{e}; {report['kept'] + report['done']} of {len(self.runs)} runs are finished and kept: make it writable and start the same sweep again") from e
         finally:
             for future, (_, release) in flying.items():
                 future.cancel()
@@ -533,22 +592,11 @@ class Sweep:
             return future.result()
         except InputError:
             raise
+        except (ImportError, AttributeError) as e:  # of the worker's own code: what a notebook raises is returned, not raised
+            raise WorkerError(f"a worker cannot do its work: {type(e).__name__}: {e}") from None
         except Exception as e:
             return {"status": "failed", "started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "seconds": 0.0, "error": " ".join(f"{type(e).__name__}: {e}".split())[:500],
                     "heading": "", "traceback": "", "record": None, "notebook": None, "files": {}}
-
-
-def _plain(values):
-    "The values of an axis as a YAML file can hold them."
-    if hasattr(values, "rvs"):
-        kind = {"reciprocal": "loguniform"}.get(values.dist.name, values.dist.name)
-        low, high = values.support()
-        return f"{kind}({low},{high + (kind == 'randint')})"
-    if hasattr(values, "tolist"):
-        return values.tolist()
-    if isinstance(values, (list, tuple, range)):
-        return [_plain(v) for v in values]
-    return values
 
 # %% ../../nbs/run/sweep.ipynb #e02e144b
 class SweepProgress:
@@ -585,19 +633,25 @@ class SweepProgress:
         elif self.stream is not None:
             print(f"{sweep.source.name}: {self.total} runs, {self.total - report['left']} of them ended before", file=self.stream, flush=True)
 
+    def note(self, text: str) -> None:
+        if self.bar:
+            self.bar.console.print(text, markup=False, soft_wrap=True)
+        elif self.stream is not None:
+            print(text, file=self.stream, flush=True)
+
     def end(self, run: Planned, outcome: dict, report: dict) -> None:
         text = f"{setting(self.sweep, run)}  {outcome['status']}" + (f"  {outcome['error'][:160]}" if outcome["error"] else "")
         ended = self.total - report["left"]
         if self.bar:
             self.bar.update(self.task, completed=ended, description=self.bar.tasks[0].description if not report["failed"] else f"[red]{len(report['failed'])} failed[/]")
             if outcome["status"] != "done":
-                self.bar.console.print(text, markup=False, soft_wrap=True)
+                self.note(text)
         elif self.stream is not None:
             print(f"{clock(time.monotonic() - self.since)}  [{ended}/{self.total}]  {text}  {outcome['seconds']:.1f} s", file=self.stream, flush=True)
 
 
 def _shown(value) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
+    return ",".join(map(_shown, value)) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def setting(
