@@ -9,7 +9,7 @@ import textwrap
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest import mock
 
@@ -94,7 +94,12 @@ class Place:
         return found
 
     def workers(self) -> list[psutil.Process]:
-        return [p for p in self.processes() if "loky" in "".join(p.cmdline()) and "tracker" not in "".join(p.cmdline())]
+        found = []
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):  # it may end while we look
+                command = "".join(process.cmdline())
+                found += [process] if "loky" in command and "tracker" not in command else []
+        return found
 
     def end(self) -> None:
         for process in self.processes():

@@ -21,7 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import FIRST_COMPLETED, Executor, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -592,6 +592,8 @@ class Sweep:
             return future.result()
         except InputError:
             raise
+        except CancelledError:  # nobody here cancels a run and then asks for it
+            raise WorkerError("the connection to the workers was lost (was the scheduler stopped?); what is finished is kept: start the same sweep again") from None
         except (ImportError, AttributeError) as e:  # of the worker's own code: what a notebook raises is returned, not raised
             raise WorkerError(f"a worker cannot do its work: {type(e).__name__}: {e}") from None
         except Exception as e:
