@@ -9,6 +9,7 @@ __all__ = ['app', 'Names', 'MaybeNames', 'Jobs', 'Source', 'zoo_app', 'Models', 
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -284,13 +285,13 @@ def sweep(source: Source,
         print(f"  {setting(planned, one)}: {entry['status']}" + (f" in section '{entry['heading']}'" if entry["heading"] else "") + f": {entry['error']}", file=sys.stderr)
     if report["failed"]:
         print(f"  tracebacks: {planned.store.place}/failed/; once mended, start the same sweep with --retry-failed", file=sys.stderr)
-    if mlflow and not stopped:
-        from researchkit.run.results import log_to_mlflow
-
-        print(f"{log_to_mlflow(results, mlflow)} runs logged to {mlflow}")
     print(f"results: {planned.store.place}\nnext: researchkit results {planned.store.place}")
     if stopped:
         print("interrupted; the same command goes on from here", file=sys.stderr)
+    elif mlflow:
+        from researchkit.run.results import log_to_mlflow
+
+        print(f"{log_to_mlflow(results, mlflow)} runs logged to {mlflow}")
     raise typer.Exit(130 if stopped else 1 if report["failed"] else 0)
 
 # %% ../nbs/cli.ipynb #9a3d8721
@@ -321,7 +322,9 @@ def _print_frame(frame, total: int, how: str):
     same = [name for name in shown.columns if shown[name].nunique(dropna=False) == 1] if len(shown) > 1 and shown.shape[1] > 8 else []
     if same:
         first = dict(zip(same, _cells(shown[same].head(1))[0]))
-        console.print("[dim]the same in all lines: " + escape(", ".join(f"{k}={v}" for k, v in first.items() if v)) + "[/]", soft_wrap=True)
+        told = ", ".join(f"{k}={v}" for k, v in first.items() if v)
+        if told:
+            console.print(f"[dim]the same in all lines: {escape(told)}[/]", soft_wrap=True)
         shown = shown.drop(columns=same)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for name in shown.columns:
@@ -482,10 +485,12 @@ def doctor():
     "Say what this machine has and lacks."
     from researchkit.run.doctor import diagnose
 
+    from rich.markup import escape
+
     console, found = _console(), diagnose()
     marks = {"ok": "[green]✓[/]", "note": "[yellow]![/]", "error": "[red]✗[/]"}
     for f in found:
-        console.print(f"{marks[f.level]} {f.what:14} {f.detail}", soft_wrap=True)
+        console.print(f"{marks[f.level]} {f.what:14} {escape(f.detail)}", soft_wrap=True)
     raise typer.Exit(1 if any(f.level == "error" for f in found) else 0)
 
 # %% ../nbs/cli.ipynb #e6974086
@@ -582,7 +587,9 @@ def main(argv: list[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     _state["debug"] = "--debug" in argv  # wherever it stands
     try:
-        code = app([a for a in argv if a != "--debug"], standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *rest: print(f"warning: {message}", file=sys.stderr)
+            code = app([a for a in argv if a != "--debug"], standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         code = 130

@@ -810,3 +810,46 @@ def test_mlflow_that_cannot_be_reached(mlflow, sweep, monkeypatch):
             assert time.monotonic() - begin < 10 and "secret" not in str(caught.value), uri
             if uri.startswith("http"):
                 assert "cannot be reached" in str(caught.value)
+
+
+# ---------------------------------------------------------------- the command
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    "The command line in this process, in a folder with one sweep: three ratios, two seeds, and a failure."
+    from researchkit import cli
+
+    monkeypatch.chdir(tmp_path)
+    put("sweeps/p", *(run(i, {"ratio": r, "seeds": [s]}, [accuracy(s, value=r + s / 10)]) for i, (r, s) in enumerate((r, s) for r in (0.1, 0.2, 0.4) for s in (0, 1))),
+        failure(9, {"ratio": 0.8, "seeds": [0]}))
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as e:
+            cli.main(["results", *map(str, arguments)])
+        out, err = capsys.readouterr()
+        return e.value.code or 0, out, err
+
+    return call
+
+
+def test_the_command_shows_what_there_is(command):
+    for source in ((), ("sweeps/p",), ("p",)):
+        code, out, err = command(*source)
+        assert (code, err) == (0, "") and "6 runs done, 1 failed" in out and "ValueError: no" in out and "0.15" in out and "accuracy" in out
+
+
+def test_the_command_filters_and_asks(command, tmp_path):
+    assert json.loads(command("-w", "ratio>0.1", "--json")[1])[0]["mean"] == pytest.approx(0.25)
+    (answer,) = json.loads(command("--sql", "SELECT count(*) AS n, max(ratio) AS top FROM runs WHERE status = 'done'", "--json")[1])
+    assert answer == {"n": 6, "top": 0.4}
+    code, out, _ = command("--table", "rows", "-w", "seeds=1", "-o", "rows.csv")
+    assert code == 0 and "3 lines" in out and sorted(pd.read_csv(tmp_path / "rows.csv")["ratio"]) == [0.1, 0.2, 0.4]
+    assert "nothing meets" in command("-w", "ratio=7", "--table", "runs")[1]
+
+
+@pytest.mark.parametrize("arguments,words", [
+    (["nowhere"], "nowhere"), (["-w", "ratoi=1"], "ratio"), (["-w", "ratio"], "name=value"), (["--table", "rwos"], "rows"), (["--sql", "SELEC 1"], "SQL"),
+    (["--sql", "SELECT 1", "--by", "ratio"], "--sql"), (["-o", "x.doc"], ".csv"), (["--metric", "acuracy"], "accuracy")])
+def test_the_command_refuses_in_one_line(command, arguments, words):
+    code, out, err = command(*arguments)
+    assert code == 2 and len(err.splitlines()) == 1 and err.startswith("error: ") and words in err
