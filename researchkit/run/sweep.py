@@ -514,8 +514,10 @@ class Sweep:
         if own and scheduler:
             executor, window = dask_executor(scheduler, resources)
         elif own:
-            count = min(jobs or min(cores(), 8), len(todo))
-            threads, window = max(1, cores() // count), lambda: count + 1
+            count = jobs or min(cores(), 8)
+            threads = max(1, cores() // count)  # whatever is left to do: threads may change the last digits of a result
+            count = min(count, len(todo))
+            window = lambda: count + 1
             executor = LocalExecutor(count)
         interrupted, flying, previous = threading.Event(), {}, {}
         if threading.current_thread() is threading.main_thread():
