@@ -586,10 +586,10 @@ def main(argv: list[str] | None = None) -> None:
     "Run the command line and exit."
     argv = list(sys.argv[1:] if argv is None else argv)
     _state["debug"] = "--debug" in argv  # wherever it stands
+    written = warnings.formatwarning
+    warnings.formatwarning = lambda message, *rest, **more: f"warning: {message}\n"
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *rest: print(f"warning: {message}", file=sys.stderr)
-            code = app([a for a in argv if a != "--debug"], standalone_mode=False)
+        code = app([a for a in argv if a != "--debug"], standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         code = 130
@@ -612,4 +612,6 @@ def main(argv: list[str] | None = None) -> None:
         if e.format_message():
             print(f"error: {e.format_message()} (see researchkit --help)", file=sys.stderr)
         code = 2
+    finally:
+        warnings.formatwarning = written
     sys.exit(code)

@@ -82,7 +82,7 @@ def small_tree(folder: Path, with_papers: bool = True) -> Path:
     shutil.copytree(ROOT / "nbs", root / "nbs", symlinks=True, ignore=shutil.ignore_patterns(*{p.theme for p in papers(ROOT)}, ".ipynb_checkpoints", "benchmarks.ipynb"))
     for name in ("settings.ini", "_quarto.yml"):
         shutil.copy(ROOT / name, root / name)
-    for name in ("index", "papers", "ledger"):  # their outputs show this repository's papers
+    for name in ("index", "papers", "ledger", "guide/scale"):  # their outputs show this repository's papers
         page = nbformat.read(root / "nbs" / f"{name}.ipynb", as_version=4)
         for cell in page.cells:
             if cell.cell_type == "code":
