@@ -9,7 +9,7 @@ from researchkit.run.check import BUDGET, all_notebooks
 from researchkit.run.runner import execute, plan
 
 PAPERS = paper_paths(HOME)
-OTHERS = {str(p.relative_to(HOME / "nbs")): p for p in all_notebooks(HOME) if p not in PAPERS.values() and p.name != "benchmarks.ipynb"}
+OTHERS = {str(p.relative_to(HOME / "nbs")): p for p in all_notebooks(HOME) if p not in PAPERS.values() and not p.name.startswith("benchmarks")}
 CACHES = ("matplotlib", "__pycache__", ".git", ".hypothesis", ".pytest_cache", "fontconfig", "_docs", "_proc", "runs", ".venv", "researchkit.egg-info")
 BUSY = 2  # a budget in CPU-seconds stretches when neighbours share the cores
 

@@ -79,7 +79,7 @@ SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 360"><rect width
 def small_tree(folder: Path, with_papers: bool = True) -> Path:
     "A repository with this one's pages and configuration, and two made-up papers or none."
     root = folder / "tree"
-    shutil.copytree(ROOT / "nbs", root / "nbs", symlinks=True, ignore=shutil.ignore_patterns(*{p.theme for p in papers(ROOT)}, ".ipynb_checkpoints", "benchmarks.ipynb"))
+    shutil.copytree(ROOT / "nbs", root / "nbs", symlinks=True, ignore=shutil.ignore_patterns(*{p.theme for p in papers(ROOT)}, ".ipynb_checkpoints", "benchmarks*.ipynb"))
     for name in ("settings.ini", "_quarto.yml"):
         shutil.copy(ROOT / name, root / name)
     for name in ("index", "papers", "ledger", "guide/scale"):  # their outputs show this repository's papers
