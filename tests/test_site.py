@@ -88,6 +88,8 @@ def small_tree(folder: Path, with_papers: bool = True) -> Path:
             if cell.cell_type == "code":
                 cell.outputs = []
         nbformat.write(page, root / "nbs" / f"{name}.ipynb")
+    page = root / "nbs" / "guide" / "sweep.ipynb"  # it links to one of them
+    page.write_text(page.read_text(encoding="utf-8").replace("../reuse/pcb_merging.ipynb", "../reuse/beta.ipynb"), encoding="utf-8")
     package = root / "researchkit"
     shutil.copytree(ROOT / "researchkit" / "core", package / "core", ignore=shutil.ignore_patterns("__pycache__"))
     for theme, slug in (("theory", "alpha"), ("reuse", "beta")) if with_papers else ():
