@@ -169,3 +169,21 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    "The site of this repository, made without Quarto."
+    from researchkit.run.site import build_site
+
+    return build_site(HOME, tmp_path_factory.mktemp("site") / "out", quarto=False)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    "A small site with three made-up papers."
+    from researchkit.run.site import build_site
+    from sites import small_tree
+
+    folder = tmp_path_factory.mktemp("small")
+    return build_site(small_tree(folder), folder / "out", quarto=False)

@@ -11,7 +11,7 @@ import pytest
 
 from conftest import RECORD, alive, notebook, tree, write
 from researchkit.core.errors import InputError
-from researchkit.run import site
+from researchkit.run import page
 from researchkit.core.files import write_atomically
 from researchkit.run.runner import Job, Progress, Result, clock, cores, execute, finished, plan, resolve
 
@@ -106,7 +106,7 @@ def test_results_that_cannot_be_written_fail_alone(make, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(site, "render_page", full)
+    monkeypatch.setattr(page, "render_page", full)
     (result,) = execute([make("one", "1")])
     assert result.status == "failed" and "No space left on device" in result.error
 

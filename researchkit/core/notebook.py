@@ -164,6 +164,7 @@ class Paper:
     code: str = ""
     extras: list = field(default_factory=list)  # of the package, that it needs
     zoo: list = field(default_factory=list)  # recipes of `core.zoo` that it starts from
+    use: str = ""  # the shortest use of the exported module, as Python
 
     @property
     def page(self) -> str:
@@ -225,16 +226,18 @@ def read_paper(
             raise InputError(f"{path}: front matter: {key} is not a list of texts: {value!r}")
     if not isinstance(fm.get("image", ""), str):
         raise InputError(f"{path}: front matter: image is not text: {fm['image']!r}")
-    unknown_keys = set(facts) - set(REQUIRED) - {"extras", "zoo"}
+    if not isinstance(facts.get("use", ""), str):
+        raise InputError(f"{path}: front matter: paper.use is not text (begin it with '|'): {facts['use']!r}")
+    unknown_keys = set(facts) - set(REQUIRED) - {"extras", "zoo", "use"}
     if unknown_keys:
         raise InputError(f"{path}: front matter: paper has no key '{sorted(unknown_keys)[0]}'; "
-                         f"it has {', '.join([*REQUIRED, 'extras', 'zoo'])}")
+                         f"it has {', '.join([*REQUIRED, 'extras', 'zoo', 'use'])}")
     categories = fm.get("categories") or []
     theme = path.absolute().parent.name if _in_theme(path) else next((c for c in categories if c in THEMES), "")
     return Paper(slug=facts["slug"], theme=theme, path=path, title=fm["title"], description=fm["description"],
                  categories=categories, image=fm.get("image") or "", paper_title=facts["title"],
                  authors=facts["authors"], year=facts["year"], venue=facts["venue"], arxiv=facts["arxiv"] or "",
-                 code=facts["code"] or "", extras=facts.get("extras") or [], zoo=facts.get("zoo") or [])
+                 code=facts["code"] or "", extras=facts.get("extras") or [], zoo=facts.get("zoo") or [], use=facts.get("use", "").rstrip())
 
 # %% ../../nbs/core/notebook.ipynb #4d437b65
 def paper_paths(

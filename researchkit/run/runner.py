@@ -396,7 +396,7 @@ class Run:
         "Write the page and the record, and give the notebook its final name."
         job = self.job
         try:
-            from researchkit.run.site import render_page
+            from researchkit.run.page import render_page
 
             record = find_record(job.partial)
             render_page(job.partial, job.page)
