@@ -29,6 +29,10 @@ paper:
   venue: "Venue"
   arxiv: null
   code: null
+  use: |
+    from researchkit.{theme}.{slug} import f
+
+    print(f())
 ---"""
 
 PARAMETERS = 'profile: str = "cpu"  # smoke, cpu or full\nseeds: list[int] = [0, 1, 2]  # one run each\nshift: float = 0.0  # added to a'

@@ -299,6 +299,16 @@ def test_every_page_is_quiet_and_fits_a_phone(visit, served, site, scheme):
     assert all(url.startswith((served, "data:")) for url in page.asked)
 
 
+@pytest.mark.parametrize("width", [1280, 1200, 1000, 860, 600])
+def test_verdicts_are_in_view_at_every_width(visit, width):
+    for href in (PAPER, "ledger.html"):
+        page = visit(href, width=width)
+        hidden = page.evaluate("""[...document.querySelectorAll('main td .rk-badge')].filter(b => {
+            const r = b.getBoundingClientRect(), box = (b.closest('.html-out') ?? document.documentElement).getBoundingClientRect();
+            return r.width === 0 || r.right > Math.min(box.right, innerWidth) + 1; }).length""")
+        assert hidden == 0, (href, width)
+
+
 def test_phone_menu_and_ledger(visit):
     page = visit("index.html", width=390)
     menu = page.locator("nav.side")

@@ -121,6 +121,115 @@ def test_check_has_one_line_for_each_fault(tmp_path):
     assert complaints(nb, path) == ["nbs/theory/one.ipynb: the thumbnail 'one.svg' is missing"]
 
 
+def test_check_reads_the_shortest_use(tmp_path):
+    path = tmp_path / "nbs" / "theory" / "one.ipynb"
+    nb = published(path)
+    head, mark, _ = "".join(nb["cells"][0]["source"]).partition("  use: |\n")
+    assert mark
+
+    def said(*use):
+        nb["cells"][0]["source"] = (head + (mark + "".join(f"    {line}\n" for line in use) if use else "") + "---").splitlines(keepends=True)
+        return [line.removeprefix("nbs/theory/one.ipynb: ") for line in complaints(nb, path)]
+
+    for good in ("from researchkit.theory.one import f", "import researchkit.theory.one as m", "from researchkit.theory import one"):
+        assert said(good, "print(1)") == []
+    missing = "front matter has no paper.use: add 'use: |' and the shortest program that uses researchkit.theory.one and prints something"
+    assert said() == said("") == [missing]
+    (line,) = said("from researchkit.theory.one import f", "print(f()")
+    assert line.startswith("paper.use is not valid Python (line 2: ")
+    for other in ("print(1)", "from researchkit.theory.ones import f", "import researchkit.theory", "from .one import f", "# from researchkit.theory.one import f"):
+        assert said(other) == ["paper.use does not import from researchkit.theory.one: show how the paper's own module is used"]
+    assert said("print('{')", "from researchkit.theory.one import *") == []
+
+
+def with_text(nb, *sources):
+    "Markdown cells at the end of a notebook, which change no hash."
+    cells = [{"cell_type": "markdown", "id": f"more-{i}", "metadata": {}, "source": source.splitlines(keepends=True)} for i, source in enumerate(sources)]
+    return nb | {"cells": nb["cells"] + cells}
+
+
+@pytest.mark.parametrize("sources, said", [
+    (["By @eq-a:\n\n$$\na = b\n$$ {#eq-a}"], []),
+    (["$$ a = b $$ {#eq-a}", "Then (@eq-a), and so [@eq-a] and [-@eq-a]."], []),
+    (["$$ a = b $$"], ["cell 8 has an equation without a label ($$ a = b): end it with $$ {#eq-name}"]),
+    (["$$ a = b $$ and\n\n$$\n\\sum_{i=1}^n x_i + \\sum_{i=1}^n y_i\n$$"],
+     ["cell 8 has an equation without a label ($$ a = b): end it with $$ {#eq-name}",
+      "cell 8 has an equation without a label ($$ \\sum_{i=1}^n x_i + \\sum_{i=1}^…): end it with $$ {#eq-name}"]),
+    (["$$ a = b $$ {#eq-a}"], ["nothing refers to the equation eq-a: write @eq-a where the text uses it"]),
+    (["$$ a = b $$ {#eq-a}", "`@eq-a`\n\n```python\n@eq-a\n```"], ["nothing refers to the equation eq-a: write @eq-a where the text uses it"]),
+    (["Inline $a = b$, in a fence:\n\n```\n$$ a = b $$\n@eq-b\n```\n\nand `$$ a $$ @eq-b`, me@eq-b.org"], []),
+    (["See @eq-b and @fig-c, @eq-b."], ["cell 8 refers to @eq-b, which no label on the page has: correct it, or label what is meant",
+                                      "cell 8 refers to @fig-c, which no label on the page has: correct it, or label what is meant"]),
+    (["## Part {#sec-part}\n\nSee @sec-part.", "| a |\n|---|\n\n: Caption {#tbl-t}\n\nand @tbl-t."], []),
+])
+def test_check_of_equations_and_references(tmp_path, sources, said):
+    path = tmp_path / "nbs" / "theory" / "one.ipynb"
+    assert complaints(with_text(published(path), *sources), path) == [f"nbs/theory/one.ipynb: {line}" for line in said]
+
+
+def test_check_of_references_in_captions_and_outside_papers(tmp_path):
+    path = tmp_path / "nbs" / "theory" / "one.ipynb"
+    nb = with_text(published(path), "$$ a $$ {#eq-a}", "As in @fig-f.")
+    nb["cells"][6]["source"] = ["#| label: fig-f\n", '#| fig-cap: "The sides of @eq-a."\n', "1"]
+    assert not [line for line in complaints(nb, path) if "@" in line or "label" in line]
+    nb["cells"][6]["source"][1] = '#| fig-cap: "The sides of @eq-b."\n'
+    lines = complaints(nb, path)
+    assert any("cell 7 refers to @eq-b" in line for line in lines) and any("nothing refers to the equation eq-a" in line for line in lines)
+    other = write(notebook("x", "# Text", "## $$ a = b $$\n\n$$ c $$ {#eq-c} and @eq-d", front="---\ntitle: t\ndescription: d\n---", parameters=None),
+                  tmp_path / "nbs" / "core" / "x.ipynb")
+    lines = rk.check(tmp_path, [other])
+    assert [line for line in lines if "@" in line or "label" in line] == [
+        "nbs/core/x.ipynb: cell 4 refers to @eq-d, which no label on the page has: correct it, or label what is meant"]
+
+
+@pytest.mark.parametrize("text, said", [
+    ("![a plot](one.svg)", None), ("![a [b] c](one.svg){width=50%}", None), ('![](one.svg){fig-alt="a plot"}', None), 
+    ("```\n![](one.svg)\n```\nand `![](one.svg)`", None), ("![](one.svg)", "one.svg"), ('text ![ ](one.svg "title") text', "one.svg"),
+    ('![](two.png){width=50% fig-alt=""}', "two.png"), ("[![](badge.svg)](https://example.org)", "badge.svg")])
+def test_check_of_pictures_in_text(tmp_path, text, said):
+    path = tmp_path / "nbs" / "theory" / "one.ipynb"
+    lines = complaints(with_text(published(path), text), path)
+    if said is None:
+        assert lines == []
+    else:
+        assert lines == [f"nbs/theory/one.ipynb: cell 8 has the picture {said} without a description: write ![what is seen]({said})"]
+
+
+@pytest.mark.parametrize("paper", [True, False])
+@pytest.mark.parametrize("kind", ["image/png", "image/svg+xml", "image/jpeg"])
+def test_check_of_pictures_in_outputs(tmp_path, kind, paper):
+    folder = tmp_path / "nbs" / ("theory" if paper else "core")
+    path = folder / "one.ipynb"
+    for source, fine in ((["1"], False), (["#| fig-alt: \"\"\n", "1"], False), (["1\n", "#| fig-alt: late"], False), (["#| fig-cap: c\n", "#| fig-alt: \"a: b\"\n", "1"], True)):
+        nb = published(path)
+        nb["cells"][6].update(source=source, outputs=[{"output_type": "display_data", "metadata": {}, "data": {kind: "x", "text/plain": "<Figure>"}}])
+        lines = complaints(nb, path)
+        said = f"nbs/{folder.name}/one.ipynb: cell 7 shows a picture without a description: begin it with #| fig-alt: \"what is seen\""
+        assert (said not in lines) == fine, lines
+
+
+def test_check_knows_the_template(tmp_path):
+    path = new_paper("tiny", "theory", tmp_path)
+    facts = path.read_text()
+    left = "front matter still has the template's"
+
+    def lines(**changes):
+        text = facts
+        for old, new in changes.values():
+            assert old in text
+            text = text.replace(old, new)
+        path.write_text(text)
+        return [line.partition(": ")[2] for line in rk.check(tmp_path, [path]) if left in line]
+
+    assert lines() == [f"{left} title, description, paper.title, paper.authors, paper.venue: write the paper's own"]
+    names = dict(a=("First Author", "A. Author"), t=("The full title as published", "A title"), d=("One line that a stranger understands.", "d"))
+    assert lines(**names) == [f"{left} title, paper.venue: write the paper's own"]
+    assert lines(**names, v=("Conference or journal", "Venue"), n=("what it does, in a few words", "it trims")) == []
+    path.write_text(facts)
+    others = [line for line in rk.check(tmp_path, [path]) if left not in line]
+    assert len(others) == 2 and all("publish" in line for line in others), others  # never run; no record
+
+
 def test_check_gives_file_and_line_of_malformed_front_matter(tmp_path):
     path = tmp_path / "nbs" / "theory" / "one.ipynb"
     nb = published(path)

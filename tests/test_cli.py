@@ -290,10 +290,13 @@ def tiny(tmp_path_factory) -> Repo:
     return repo
 
 
-def test_new_passes_check_but_for_its_claims(tiny):
+def test_new_passes_check_but_for_its_facts(tiny):
     done = tiny.cli("check")
     found = [line for line in lines(done.stdout) if not line.startswith("README.md")]
-    assert done.returncode == 1 and len(found) == 2 and found[0] == "nbs/theory/tiny.ipynb: states 0 claims, at least 4 are needed", done.stdout
+    assert done.returncode == 1 and len(found) == 2, done.stdout
+    assert found[0] == "nbs/theory/tiny.ipynb: front matter still has the template's title, description, paper.title, paper.authors, paper.venue: write the paper's own"
+    claims = find_record(tiny.root / "nbs" / "theory" / "tiny.ipynb")["claims"]
+    assert [c["verdict"] for c in claims] == ["reproduced"] * 3 + ["not tested"]
     module = (tiny.root / "researchkit" / "theory" / "tiny.py").read_text()
     assert "def trimmed_mean" in module and "matplotlib" not in module
     assert not list(tiny.tmp.iterdir()) and not list(tiny.home.iterdir())

@@ -364,7 +364,7 @@ def test_quarto_configuration():
     assert all(merged[key] == derived["website"][key] for key in ("title", "description", "repo-url", "repo-branch"))
 
 
-def test_with_quarto(tmp_path, monkeypatch):
+def test_with_quarto(tmp_path, monkeypatch, small):
     root, tools = small_tree(tmp_path), tmp_path / "bin"
     tools.mkdir()
     program = tools / "quarto"
@@ -381,6 +381,14 @@ def test_with_quarto(tmp_path, monkeypatch):
     sources = ["".join(c["source"]) for c in cells]
     assert sources[1].startswith("```{=html}\n<style>") and 'class="rk-byline"' in sources[1]
     assert any(s.startswith("## At a glance") and 'class="rk-facts"' in s for s in sources) and sources[-1].startswith("## Run it, use it, cite it")
+    page = (small / "theory" / "alpha.html").read_text()
+    text = "\n\n".join(s for c, s in zip(cells, sources) if c["cell_type"] == "markdown")
+    plain = re.sub(r"```.*?```", "", text, flags=re.S)
+    shown = [re.sub("<[^>]*>", "", re.sub(r'<a class="anchor".*?</a>', "", h)) for h in re.findall(r"<h[23][^>]*>(.*?)</h[23]>", page)]
+    assert [re.sub(r" \{.*\}$", "", h) for h in re.findall(r"^###? (.*)$", plain, re.M)] == shown, "both renderers show the same sections in the same order"
+    assert all(raw.strip() in page for raw in re.findall(r"```\{=html\}\n(?:<style>.*?</style>\n)?(.*?)\n```", text, re.S)), "and the same computed parts"
+    assert sum(bool(o.get("data", {}).keys() & {"image/png", "text/html"}) for c in cells for o in c.get("outputs", [])) == page.count("data:image/png") + page.count('class="html-out"')
+    assert page.count('<details class="code">') == sum(c["cell_type"] == "code" for c in cells)
     front = yaml.safe_load(sources[0].strip("-\n"))
     assert front["image"] == "../og/theory-alpha.png" and (proc / "og" / "theory-alpha.png").is_file() and front["title"] == "alpha: a method"
     assert (proc / "ledger.csv").is_file() and (proc / "ledger.json").is_file() and (proc / "llms.txt").is_file()

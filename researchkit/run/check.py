@@ -5,6 +5,7 @@ __all__ = ['DEFAULT_TOLERANCE', 'DERIVED', 'BUDGET', 'MIN_CLAIMS', 'SECTIONS', '
            'write_notebook', 'write_back', 'export', 'publish', 'check', 'changed_papers', 'verify']
 
 # %% ../../nbs/run/check.ipynb #d290bffc
+import ast
 import hashlib
 import json
 import re
@@ -220,6 +221,10 @@ MIN_CLAIMS = 4
 SECTIONS = ["Claims", "Use it on your own model"]
 
 
+_PICTURE = re.compile(r"!\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(\s*([^\s)]*)[^)]*\)(?:\{([^}]*)\})?")
+_REFERENCE = re.compile(r"(?<![\w@/])@((?:eq|fig|tbl|sec)-[\w-]*\w)")
+
+
 def _outputs(nb: dict):
     for i, cell in enumerate(nb["cells"], 1):
         for output in cell.get("outputs", []):
@@ -259,8 +264,78 @@ def _check_any(path: Path, nb: dict, root: Path) -> list[str]:
     return problems
 
 
+def _check_pictures(nb: dict) -> list[str]:
+    "Pictures that someone who cannot see them would know nothing of."
+    from researchkit.run.page import MARKED, cell_options
+
+    problems = []
+    for i, cell in enumerate(nb["cells"], 1):
+        source = joined(cell["source"])
+        if cell["cell_type"] == "code" and not str(cell_options(source)[0].get("fig-alt") or "").strip():
+            if any(kind.startswith("image/") for output in cell.get("outputs", []) for kind in output.get("data", {})):
+                problems.append(f"cell {i} shows a picture without a description: begin it with #| fig-alt: \"what is seen\"")
+        elif cell["cell_type"] == "markdown":
+            prose = MARKED.sub(lambda m: "" if m["fence"] or m["code"] else m[0], source)
+            for alt, file, attributes in _PICTURE.findall(prose):
+                if not alt.strip() and not re.search(r"fig-alt=\\?[\"'][^\"']*\w", attributes):
+                    problems.append(f"cell {i} has the picture {file[:60]} without a description: write ![what is seen]({file[:60]})")
+    return problems
+
+
+def _check_references(nb: dict, paper: bool) -> list[str]:
+    "References that lead nowhere; in a paper also equations that cannot be referred to, or are not."
+    from researchkit.run.page import MARKED, cell_options, number_labels
+
+    problems, labels, used = [], number_labels(nb), set()
+    for i, cell in enumerate(nb["cells"], 1):
+        source, found = joined(cell["source"]), []
+        if cell["cell_type"] == "markdown":
+            for m in MARKED.finditer(source):
+                if m["display"] and not m["label"] and paper:
+                    start = " ".join(m["display"].split())
+                    problems.append(f"cell {i} has an equation without a label ($$ {start[:30]}{'…' * (len(start) > 30)}): end it with $$ {{#eq-name}}")
+                found += [m["ref"] or m["bracket"]] * bool(m["ref"] or m["bracket"])
+        elif cell["cell_type"] == "code":
+            options, _ = cell_options(source)
+            found = _REFERENCE.findall(" ".join(str(options.get(key, "")) for key in ("fig-cap", "tbl-cap")))
+        problems += [f"cell {i} refers to @{label}, which no label on the page has: correct it, or label what is meant" for label in dict.fromkeys(found)
+                     if label not in labels]
+        used.update(found)
+    if paper:
+        problems += [f"nothing refers to the equation {label}: write @{label} where the text uses it" for label in labels
+                     if label.startswith("eq-") and label not in used]
+    return problems
+
+
+def _check_use(use: str, module: str) -> list[str]:
+    "What is wrong with the shortest use of a paper's module, which its page shows. It is not run here."
+    if not use.strip():
+        return [f"front matter has no paper.use: add 'use: |' and the shortest program that uses {module} and prints something"]
+    try:
+        tree = ast.parse(use)
+    except SyntaxError as e:
+        return [f"paper.use is not valid Python (line {e.lineno}: {e.msg})"]
+    names = [f"{n.module}.{a.name}" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level for a in n.names]
+    names += [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
+    if not any(f"{name}.".startswith(f"{module}.") for name in names):
+        return [f"paper.use does not import from {module}: show how the paper's own module is used"]
+    return []
+
+
+def _check_facts(path: Path, paper) -> list[str]:
+    "Facts that `new` wrote and nobody has replaced."
+    from researchkit.run.new import template_facts
+
+    facts, ours = front_matter(path), template_facts(paper.slug, paper.theme)
+    pairs = {key: (facts.get(key), ours[key]) for key in ("title", "description")}
+    pairs |= {f"paper.{key}": (facts["paper"].get(key), ours["paper"][key]) for key in ("title", "authors", "venue")}
+    left = [key for key, (fact, example) in pairs.items() if fact == example]
+    return [f"front matter still has the template's {', '.join(left)}: write the paper's own"] if left else []
+
+
 def _check_paper(path: Path, nb: dict) -> list[str]:
-    paper, problems = read_paper(path), []
+    paper = read_paper(path)
+    problems = _check_facts(path, paper) + _check_use(paper.use, f"researchkit.{paper.theme}.{paper.slug}")
     parameters(nb, str(path))
     if not paper.image or not (path.parent / paper.image).is_file():
         problems.append(f"the thumbnail '{paper.image}' is missing")
@@ -326,7 +401,8 @@ def check(
         name = path.relative_to(root) if path.is_relative_to(root) else path
         try:
             nb = load_notebook(path)
-            found = _check_any(path, nb, root) + (_check_paper(path, nb) if is_paper(path) else [])
+            paper = is_paper(path)
+            found = _check_any(path, nb, root) + _check_pictures(nb) + _check_references(nb, paper) + (_check_paper(path, nb) if paper else [])
         except InputError as e:
             found = [str(e).removeprefix(f"{path}").removeprefix(": ")]
         problems += [f"{name}{p}" if p.startswith(":") else f"{name}: {p}" for p in found]

@@ -319,12 +319,13 @@ def bibtex(
     p: Paper,
 ) -> str:
     "The BibTeX entry of a paper, from its front matter."
-    conference, preprint = re.search(rf"\b(?:{_CONFERENCES})\b", p.venue), re.search(r"\barXiv\b|\bpreprint\b", p.venue, re.I)
+    conference, preprint = re.search(rf"\b(?:{_CONFERENCES})\b", p.venue), re.match(r"(?i)arXiv|preprint", p.venue)
     kind = "inproceedings" if conference else "misc" if preprint or not p.venue else "article"
     first = next((w for w in re.findall(r"[\w-]+", p.paper_title) if len(w) > 3), p.slug)
     key = f"{_key(p.authors[0].split()[-1]) if p.authors else ''}{p.year}{_key(first)}"
     rows = [("title", f"{{{_tex(p.paper_title)}}}"), ("author", _tex(" and ".join(p.authors))), ("year", p.year)]
-    rows += [("booktitle" if conference else "journal", _tex(p.venue))] if conference or kind == "article" else []
+    rows += [("booktitle" if conference else "journal", _tex(re.sub(r"\s*\(preprint[^)]*\)", "", p.venue)))] if conference or kind == "article" else []
+    rows += [("note", _tex(p.venue))] if kind == "misc" and not re.fullmatch(r"(?i)(arxiv )?preprint|", p.venue) else []
     rows += [("eprint", p.arxiv), ("archiveprefix", "arXiv")] if p.arxiv else []
     return _entry(kind, key, rows)
 

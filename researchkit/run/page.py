@@ -435,12 +435,12 @@ pre.out{background:none;border-style:none none none solid;border-width:0 0 0 3px
 details.code{margin:.35rem 0}details.code>summary{cursor:pointer;color:var(--soft);font-size:.87rem;width:fit-content;max-width:100%;overflow-wrap:anywhere;padding:.1rem .5rem;border-radius:.3rem}details.code>summary:hover{color:var(--link)}
 .hl .k,.hl .kn,.hl .kc,.hl .kd,.hl .kr,.hl .kt,.hl .ow{color:var(--kw)}.hl .s,.hl .sa,.hl .sb,.hl .sd,.hl .s1,.hl .s2,.hl .si,.hl .se,.hl .sr{color:var(--str)}
 .hl .m,.hl .mi,.hl .mf,.hl .mh{color:var(--num)}.hl .c,.hl .c1,.hl .cm,.hl .ch{color:var(--com);font-style:italic}.hl .nf,.hl .nc,.hl .fm,.hl .nd{color:var(--fun)}
-.cell{margin:.9rem 0}.cell:has(>details:only-child){margin:.35rem 0}.html-out,.table-box{overflow-x:auto;margin:.9rem 0}
+.html-out .rk-claims,.html-out .rk-table{font-size:.88em}.html-out .rk-claims td:nth-child(2),main .rk-fold td:nth-child(2){min-width:10em}.cell{margin:.9rem 0}.cell:has(>details:only-child){margin:.35rem 0}.html-out,.table-box{overflow-x:auto;margin:.9rem 0}
 table{border-collapse:collapse;font-size:.92em;font-variant-numeric:tabular-nums}th,td{padding:.38rem .7rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}thead th{border-bottom:2px solid var(--line)}
 table.dataframe{border:0}.dataframe th,.dataframe td{border:0;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}.dataframe tbody th{text-align:left}
 figure{margin:1.3rem 0}img{max-width:100%;height:auto}figure img,.cell img{display:block;margin:0 auto;border-radius:.45rem}.cell img{background:#fff}
 figcaption{color:var(--soft);font-size:.92rem;margin:.5rem 0;line-height:1.45}
-.table-box th{white-space:nowrap}mtd[columnalign=left]{text-align:left}mtd[columnalign=right]{text-align:right}mtable[columnspacing^="0em"] mtd{padding-left:0;padding-right:0}
+.table-box th{white-space:nowrap}.table-box tr>:nth-child(4):last-child,.table-box tr>:nth-child(3):last-child{min-width:12rem}mtd[columnalign=left]{text-align:left}mtd[columnalign=right]{text-align:right}mtable[columnspacing^="0em"] mtd{padding-left:0;padding-right:0}
 .nb{white-space:nowrap}math{font-size:1.06em;font-family:"STIX Two Math","Latin Modern Math","Cambria Math","Libertinus Math","Noto Sans Math",math}.eq{display:flex;align-items:center;margin:1rem 0;max-width:100%;overflow-x:auto;overflow-y:hidden;padding:.35rem 0}.eq-body{flex:1;text-align:center}.eq-number{padding-left:.8rem;color:var(--soft);position:sticky;right:0;background:var(--bg)}
 blockquote{margin:1rem 0;padding:.1rem 1.1rem;border-left:3px solid var(--accent);color:var(--soft)}hr{border:0;border-top:1px solid var(--line);margin:2rem 0}
 [class*=callout]{border-left:4px solid var(--accent);background:var(--panel);padding:.2rem 1rem;border-radius:.3rem;margin:1rem 0}
@@ -449,6 +449,7 @@ blockquote{margin:1rem 0;padding:.1rem 1.1rem;border-left:3px solid var(--accent
 .box{position:relative}.box>.tool{position:absolute;top:.35rem;right:.35rem;opacity:0;font-size:.78rem}.box:hover>.tool,.box>.tool:focus{opacity:1}@media(hover:none){.box>.tool{opacity:.9}}
 .box>img{cursor:zoom-in}dialog.zoom{max-width:98vw;max-height:96vh;padding:0;border:1px solid var(--line);border-radius:.6rem;background:#fff;overflow:auto}dialog.zoom img{display:block;width:max(58rem,90vw);max-width:118rem}dialog.zoom button{position:fixed;top:.6rem;right:.6rem;z-index:2;color:#1d2733;background:#fff}dialog::backdrop{background:rgba(0,0,0,.65)}
 .pager{display:flex;justify-content:space-between;gap:1.5rem;margin-top:3rem;padding-top:1rem;border-top:1px solid var(--line)}.pager a{text-decoration:none;max-width:48%}.pager small{display:block;color:var(--soft)}.pager a[rel=next]{text-align:right;margin-left:auto}
+@media(max-width:84rem){.grid{grid-template-columns:13rem minmax(0,1fr) 11rem;gap:1.6rem}}
 @media(max-width:72rem){.grid{grid-template-columns:14rem minmax(0,1fr);gap:2rem}.grid.alone{grid-template-columns:minmax(0,1fr)}.toc{display:none}}
 @media(max-width:52rem){.grid,.grid.alone{display:block}.side{display:none;position:static;max-height:none;padding:.8rem 0;border-bottom:1px solid var(--line)}
 .top div{gap:.7rem;padding:.5rem .9rem}.top label{display:block!important}.top .links{display:none}.top div.find{flex:1;max-width:none}.find .found{position:fixed;left:1rem;right:1rem;top:3.2rem;width:auto}.menu:checked~.grid .side{display:block}.menu:focus-visible~.top label{outline:2px solid var(--accent)}
@@ -699,12 +700,16 @@ def _write(path: Path, text: str) -> Path:
     return path
 
 
+def _breakable(text: str) -> str:
+    return re.sub(r"(?<=\w)([._])(?=\w)", r"\1<wbr>", html.escape(text))
+
+
 def _menu(items: list, page: _Page) -> str:
     rows = []
     for item in items:
         here = ' aria-current="page"' if item.href == page.href else ""
         if not item.items:
-            head = f'<a href="{html.escape(_to(page, item.href))}"{here}>{html.escape(item.text)}</a>' if item.href else html.escape(item.text)
+            head = f'<a href="{html.escape(_to(page, item.href))}"{here}>{_breakable(item.text)}</a>' if item.href else html.escape(item.text)
         else:
             inside = [*([Link("Overview", item.href)] if item.href else []), *item.items]
             shown = item.href == page.href or _holds(item, page.href) or (page.href == "index.html" and len(item.items) <= 6)

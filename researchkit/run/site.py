@@ -228,11 +228,12 @@ def _pictured(inputs: dict) -> dict[str, str]:
 def _picture(root: Path, path: str, fm: dict, config: dict) -> bytes:
     source = root / "nbs" / path
     if path == "index.ipynb":
-        total = {}
-        for _, record in overview.records(root):
+        found, total = overview.records(root), {}
+        for _, record in found:
             for v, n in verdict_counts(record).items():
                 total[v] = total.get(v, 0) + n
-        return share_picture(str(config["website"]["description"]), "", "", {v: total[v] for v in MARKS if v in total})
+        return share_picture(str(config["website"]["description"]), f"{len(found)} papers, {sum(total.values())} claims, each with a verdict that a laptop can compute again in a minute or two.", "",
+                             {v: total[v] for v in MARKS if v in total})
     return share_picture(str(fm.get("title")), str(fm.get("description") or ""), str((fm.get("categories") or [""])[0]), verdict_counts(find_record(source)), first_figure(load_notebook(source)))
 
 
@@ -414,7 +415,7 @@ def _plain(text: str) -> str:
             for row in re.findall(r"<tr[^>]*>(.*?)</tr>", text, flags=re.S)]
     rows = [r for r in rows if r]
     if not rows:
-        return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", re.sub(r"<style.*?</style>|<[^>]* aria-hidden=.*?</div>", "", text, flags=re.S))).split())
+        return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", re.sub(r"</?(?:a|b|i|code|span)\b[^>]*>", "", re.sub(r"<style.*?</style>|<[^>]* aria-hidden=.*?</div>", "", text, flags=re.S)))).split())
     return "\n".join(["| " + " | ".join(rows[0]) + " |", "|" + ":---|" * len(rows[0]), *("| " + " | ".join(r) + " |" for r in rows[1:])])
 
 
