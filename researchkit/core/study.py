@@ -27,7 +27,7 @@ from IPython.display import display
 from scipy import stats
 
 from .errors import InputError, RecordError, unknown
-from .notebook import (MIME, PROFILES, SCHEMA_VERSION, VERDICTS, badge, code_hash, find_paper, front_matter, load_notebook, measured_text,
+from .notebook import (BADGE_STYLE, MIME, PROFILES, SCHEMA_VERSION, VERDICTS, badge, code_hash, find_paper, front_matter, load_notebook, measured_text,
                                        number_text, parameters, refuse_newer)
 
 # %% ../../nbs/core/study.ipynb #f4319629
@@ -772,13 +772,11 @@ def _peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 # %% ../../nbs/core/study.ipynb #cc1ef190
-_STYLE = """<style>
+_STYLE = f"<style>{BADGE_STYLE}" + """
 .rk-claims{border-collapse:collapse;width:100%;font-size:.92em}
 .rk-claims th,.rk-claims td{text-align:left;vertical-align:top;padding:.45em .6em;border-bottom:1px solid rgba(128,128,128,.35);white-space:normal;background:none}
 .rk-claims td:nth-child(2){min-width:17em}.rk-claims td.rk-num{font-variant-numeric:tabular-nums}.rk-claims td.rk-num small{white-space:nowrap}
 .rk-claims small{opacity:.8}
-.rk-badge{display:inline-block;padding:.1em .55em;border-radius:.8em;font-weight:600;white-space:nowrap;color:#fff}
-.rk-reproduced{background:#00664a}.rk-partly{background:#7a5200}.rk-not-reproduced{background:#a33c00}.rk-void{background:#8a3a6b}.rk-not-tested{background:#5a5a5a}
 @media(max-width:700px){.rk-claims thead{display:none}.rk-claims,.rk-claims tbody,.rk-claims tr,.rk-claims td{display:block;width:auto}
 .rk-claims tr{padding:.6em 0;border-bottom:1px solid rgba(128,128,128,.5)}.rk-claims td{border:0;padding:.12em 0}.rk-claims td:nth-child(2){min-width:0}
 .rk-claims td[data-label]::before{content:attr(data-label) ": ";font-weight:600}}

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from ..core.errors import InputError
-from ..core.notebook import find_clone, find_root, front_matter, papers
+from ..core.notebook import find_clone, front_matter
 from .overview import Site
 from .page import Link, Nav, document_front, load_document
 

@@ -25,7 +25,7 @@ import yaml
 
 from ..core.errors import InputError
 from ..core.files import write_atomically
-from ..core.notebook import MARKS, find_clone, find_record, find_root, is_paper, joined, load_notebook, read_paper
+from ..core.notebook import COLOURS, MARKS, find_clone, find_record, find_root, is_paper, joined, load_notebook, read_paper
 from . import overview, page, reference
 from .navigation import navigation, page_of, quarto_config, site_inputs
 from .overview import complete, ledger_files, verdict_counts
@@ -92,7 +92,7 @@ def share_picture(
         size = font.getlength(text)
         if x + size + 32 > 1160:
             break
-        draw.rounded_rectangle((x, 550, x + size + 32, 594), 22, fill=overview.COLOURS[verdict])
+        draw.rounded_rectangle((x, 550, x + size + 32, 594), 22, fill=COLOURS[verdict])
         draw.text((x + 16, 557), text, font=font, fill="white")
         x += size + 46
     if figure:
