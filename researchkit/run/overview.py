@@ -19,6 +19,9 @@ from .. import __version__
 from ..core.notebook import BADGE_STYLE, COLOURS, MARKS, THEMES, Paper, badge, find_record, joined, measured_text, number_text, papers
 
 # %% ../../nbs/run/overview.ipynb #4848248e
+_FOLDED = (".rk-fold thead{position:absolute;left:-99rem}.rk-fold,.rk-fold tbody,.rk-fold tr,.rk-fold td{display:block;width:auto}.rk-fold tr.rk-none{display:none}"
+           ".rk-fold tr{padding:.7em 0;border-bottom:1px solid rgba(128,128,128,.5)}.rk-table.rk-fold td{border:0;padding:.12em 0}"
+           ".rk-fold td[data-label]::before{content:attr(data-label) ': ';font-weight:600}")  # a table without the width for its columns becomes a list
 FRAGMENTS = BADGE_STYLE + """
 a.rk-plain{text-decoration:none;color:inherit}a.rk-plain:hover .rk-badge,a.rk-plain:focus .rk-badge{text-decoration:underline}
 .rk-byline{margin:0 0 .5rem}.rk-byline+.rk-verdicts{margin:0 0 1.2rem}
@@ -41,17 +44,15 @@ a.rk-plain{text-decoration:none;color:inherit}a.rk-plain:hover .rk-badge,a.rk-pl
 .rk-filter button{font:inherit;font-weight:600;font-size:.9em;color:inherit;background:none;border:1px solid rgba(128,128,128,.75);border-radius:1rem;padding:.22rem .75rem;margin:.1rem .15rem .1rem 0;cursor:pointer}
 .rk-filter button.rk-chip[aria-pressed=true]{color:#fff;border-color:transparent}.rk-filter output{flex:1 1 100%;margin:0}
 .rk-none{display:none}.rk-empty{padding:1rem 0;font-weight:600}
-.rk-table{border-collapse:collapse;width:100%;font-size:.9em}.rk-table th,.rk-table td{text-align:left;vertical-align:top;padding:.5em .6em;border-bottom:1px solid rgba(128,128,128,.35);white-space:normal;background:none}
+.rk-box{container:rk-box/inline-size}.rk-broad{container:rk-broad/inline-size}.rk-table{border-collapse:collapse;width:100%;font-size:.9em}.rk-table th,.rk-table td{text-align:left;vertical-align:top;padding:.5em .6em;border-bottom:1px solid rgba(128,128,128,.35);white-space:normal;background:none}
 .rk-table thead th{border-bottom:2px solid rgba(128,128,128,.5)}.rk-fold td:nth-child(2){min-width:12rem}.rk-fold td:nth-child(2) small{opacity:.85}.rk-table td.rk-num{font-variant-numeric:tabular-nums}.rk-table td.rk-num span{white-space:nowrap}
 .rk-table th button{all:unset;cursor:pointer;font-weight:inherit;white-space:nowrap}.rk-table th button:focus-visible{outline:2px solid currentColor;outline-offset:2px}.rk-table th button::after{content:"↕";padding-left:.3em;font-weight:400}
 .rk-table th[aria-sort=ascending] button::after{content:"↑"}.rk-table th[aria-sort=descending] button::after{content:"↓"}
 .rk-theme{display:flex;flex-wrap:wrap;justify-content:space-between;gap:.6rem 1.5rem;margin:1.5rem 0 0;padding:.8rem 1rem;border:1px solid rgba(128,128,128,.45);border-radius:.55rem}.rk-theme span{flex:1 1 100%;font-size:.9em}
 .rk-narrow{display:none!important}
-@media(max-width:52rem){.rk-fold thead{position:absolute;left:-99rem}.rk-fold,.rk-fold tbody,.rk-fold tr,.rk-fold td{display:block;width:auto}.rk-fold tr.rk-none{display:none}
-.rk-fold tr{padding:.7em 0;border-bottom:1px solid rgba(128,128,128,.5)}.rk-table.rk-fold td{border:0;padding:.12em 0}.rk-fold td[data-label]::before{content:attr(data-label) ": ";font-weight:600}
-.rk-facts{grid-template-columns:minmax(0,1fr)}.rk-facts dd{margin-bottom:.4rem}.rk-narrow{display:flex!important}}
+@media(max-width:72rem){.rk-narrow{display:flex!important}}@media(max-width:52rem){.rk-facts{grid-template-columns:minmax(0,1fr)}.rk-facts dd{margin-bottom:.4rem}}
 @media print{.rk-filter{display:none}}
-"""
+""" + "".join(f"@container {box} (max-width:{width}){{{_FOLDED}}}\n" for box, width in (("rk-box", "38rem"), ("rk-broad", "54rem")))
 
 
 def _styled(text: str) -> str:
@@ -295,7 +296,7 @@ def ledger_table(
     controls = _controls("rk-ledger", "claims", list(dict.fromkeys(r["theme"] for r in found)), _ordered(Counter(r["verdict"] for r in found)),
                          {"": "paper", "claim": "claim", "measured": "measured, rising", "-measured": "measured, falling", "interval": "interval, narrow first", "verdict": "verdict"})
     files = '<p class="rk-downloads">All claims as <a href="ledger.csv" download>CSV</a> or <a href="ledger.json" download>JSON</a>.</p>'
-    return _styled(f'{controls}{files}<table class="rk-table rk-fold" id="rk-ledger"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>')
+    return _styled(f'{controls}{files}<div class="rk-broad"><table class="rk-table rk-fold" id="rk-ledger"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>')
 
 # %% ../../nbs/run/overview.ipynb #21094187
 _CONFERENCES = r"NeurIPS|NIPS|ICML|ICLR|AISTATS|UAI|COLT|ACL|EMNLP|NAACL|EACL|COLM|CVPR|ICCV|ECCV|AAAI|IJCAI|KDD|WWW|CoRL|AutoML|TheWebConf|Conference|Proceedings|Workshop|Symposium|MICCAI|ICRA|ISIT"
@@ -375,7 +376,7 @@ def _glance(p: Paper, record: dict | None, site: Site, up: str, claims: bool) ->
         rows.append(f'<tr><td><b>{esc(c["id"])}</b></td><td>{esc(c["statement"])}</td><td data-label="The paper reports">{esc(c["paper"])}</td>'
                     f'<td class="rk-num" data-label="Measured">{_measured(c)}</td><td>{badge(c["verdict"])}</td></tr>')
     heads = "".join(f'<th scope="col">{h}</th>' for h in ("", "Claim", "The paper reports", "Measured", "Verdict"))
-    table = f'<table class="rk-table rk-fold"><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>' if rows else "<p>Not published yet.</p>"
+    table = f'<div class="rk-box"><table class="rk-table rk-fold"><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>' if rows else "<p>Not published yet.</p>"
     more = "\n\nHow each was decided, and what this scale cannot show, stands under [Claims](#claims)." if rows and claims else ""
     links = ['<a href="#run-use-cite">the shortest snippet</a>']
     module = f"researchkit.{p.theme}.{p.slug}"

@@ -435,7 +435,9 @@ pre.out{background:none;border-style:none none none solid;border-width:0 0 0 3px
 details.code{margin:.35rem 0}details.code>summary{cursor:pointer;color:var(--soft);font-size:.87rem;width:fit-content;max-width:100%;overflow-wrap:anywhere;padding:.1rem .5rem;border-radius:.3rem}details.code>summary:hover{color:var(--link)}
 .hl .k,.hl .kn,.hl .kc,.hl .kd,.hl .kr,.hl .kt,.hl .ow{color:var(--kw)}.hl .s,.hl .sa,.hl .sb,.hl .sd,.hl .s1,.hl .s2,.hl .si,.hl .se,.hl .sr{color:var(--str)}
 .hl .m,.hl .mi,.hl .mf,.hl .mh{color:var(--num)}.hl .c,.hl .c1,.hl .cm,.hl .ch{color:var(--com);font-style:italic}.hl .nf,.hl .nc,.hl .fm,.hl .nd{color:var(--fun)}
-.html-out .rk-claims,.html-out .rk-table{font-size:.88em}.html-out .rk-claims td:nth-child(2),main .rk-fold td:nth-child(2){min-width:10em}.cell{margin:.9rem 0}.cell:has(>details:only-child){margin:.35rem 0}.html-out,.table-box{overflow-x:auto;margin:.9rem 0}
+.html-out .rk-claims,.html-out .rk-table{font-size:.88em}.html-out .rk-claims td:nth-child(2),main .rk-fold td:nth-child(2){min-width:10em}.html-out:has(>.rk-claims){container-type:inline-size}@container (max-width:38rem){.html-out .rk-claims thead{display:none}.html-out .rk-claims,.rk-claims tbody,.rk-claims tr,.html-out .rk-claims td{display:block;width:auto}
+.rk-claims tr{padding:.6em 0;border-bottom:1px solid var(--line)}.html-out .rk-claims td{border:0;padding:.12em 0}.rk-claims td[data-label]::before{content:attr(data-label) ": ";font-weight:600}}
+.cell{margin:.9rem 0}.cell:has(>details:only-child){margin:.35rem 0}.html-out,.table-box{overflow-x:auto;margin:.9rem 0}
 table{border-collapse:collapse;font-size:.92em;font-variant-numeric:tabular-nums}th,td{padding:.38rem .7rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}thead th{border-bottom:2px solid var(--line)}
 table.dataframe{border:0}.dataframe th,.dataframe td{border:0;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}.dataframe tbody th{text-align:left}
 figure{margin:1.3rem 0}img{max-width:100%;height:auto}figure img,.cell img{display:block;margin:0 auto;border-radius:.45rem}.cell img{background:#fff}
