@@ -206,6 +206,7 @@ def verify(names: MaybeNames = None,
            changed: Annotated[bool, typer.Option("--changed", help="Papers that differ from --since.")] = False,
            since: Annotated[str, typer.Option(help="A commit, for --changed.")] = "HEAD",
            rotate: Annotated[bool, typer.Option("--rotate", help="With --changed: one more, in rotation.")] = False,
+           most: Annotated[Optional[int], typer.Option(min=1, help="With --changed: at most so many, in rotation.")] = None,
            jobs: Jobs = None):
     "Run papers again at cpu and compare claims and metrics with what is published."
     from researchkit.run.check import changed_papers, verify as verify_papers
@@ -213,7 +214,7 @@ def verify(names: MaybeNames = None,
 
     if not names and not changed:
         raise InputError("name papers, or give --changed")
-    paths = list(dict.fromkeys(resolve(names or []) + (changed_papers(since=since, rotate=rotate) if changed else [])))
+    paths = list(dict.fromkeys(resolve(names or []) + (changed_papers(since=since, rotate=rotate, most=most) if changed else [])))
     if not paths:
         print("nothing changed")
         return

@@ -367,6 +367,13 @@ def test_changed_papers(history):
         seen |= set(slugs(rotate=True))
         git("commit", "--allow-empty", "-qm", f"{i}")
     assert seen == {"one", "two", "three", "four"}
+    seen, everything = set(), "4b825dc642cb6eb9a060e54bf8d69288fbee4904"
+    for i in range(4):
+        some = slugs(since=everything, most=3)
+        assert len(some) == len(set(some)) == 3
+        seen |= set(some)
+        git("commit", "--allow-empty", "-qm", f"most {i}")
+    assert seen == {"one", "two", "three", "four"} and len(slugs(since=everything, most=9)) == 4
     with pytest.raises(InputError, match="git diff failed"):
         slugs(since="no-such-commit")
     write(notebook("core", "1", front=None), repo.root / "nbs" / "core" / "x.ipynb")

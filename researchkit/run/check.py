@@ -426,6 +426,7 @@ def changed_papers(
     root: str | Path | None = None,
     since: str = "HEAD",  # a commit; uncommitted changes always count
     rotate: bool = False,  # add one more, another with each commit
+    most: int | None = None,  # at most so many, others with each commit; all by default
 ) -> list[Path]:
     """Papers' notebooks that differ from a commit, or whose modules or toolkit do.
 
@@ -437,13 +438,15 @@ def changed_papers(
     root = Path(root or find_clone())
     names = _git(root, "diff", "--name-only", since, "--", "nbs").splitlines()
     names += _git(root, "ls-files", "--others", "--exclude-standard", "--", "nbs").splitlines()
-    paths = paper_paths(root)
-    if any(n.startswith("nbs/core/") for n in names):
-        return list(paths.values())
-    found = [p for p in paths.values() if str(p.relative_to(root)) in names]
+    paths, turn = paper_paths(root), int(_git(root, "rev-list", "--count", "HEAD"))
+    everything = any(n.startswith("nbs/core/") for n in names)
+    found = [p for p in paths.values() if everything or str(p.relative_to(root)) in names]
     rest = [p for p in paths.values() if p not in found]
     if rotate and rest:
-        found.append(rest[int(_git(root, "rev-list", "--count", "HEAD")) % len(rest)])
+        found.append(rest[turn % len(rest)])
+    if most and len(found) > most:
+        first = turn * most % len(found)
+        found = [*found[first:], *found[:first]][:most]
     return found
 
 
