@@ -56,7 +56,7 @@ def visit(browser, served):
         context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme, **options)
         opened.append(context)
         page = context.new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(30_000)
         page.said, page.asked = [], []
         page.on("console", lambda m: page.said.append(m.text) if m.type in ("error", "warning") else None)
         page.on("pageerror", lambda e: page.said.append(str(e)))
@@ -72,21 +72,23 @@ def visit(browser, served):
 def test_navigation(visit, served):
     page = visit("index.html")
     page.get_by_role("navigation", name="Main").get_by_role("link", name="Papers").click()
-    assert page.url == f"{served}/papers.html"
+    page.wait_for_url(f"{served}/papers.html")
     page.locator(".rk-card a").first.click()
-    assert page.url == f"{served}/{records(ROOT)[0][0].page}"
+    page.wait_for_url(f"{served}/{records(ROOT)[0][0].page}")
     here = page.get_by_role("navigation", name="Pages", exact=True).locator("[aria-current=page]")
     assert here.is_visible() and here.text_content() == records(ROOT)[0][0].title
     page.locator(".rk-byline + .rk-verdicts a").click()
-    assert page.url.endswith("#at-a-glance")
+    page.wait_for_url("**#at-a-glance")
     page.get_by_role("navigation", name="On this page").get_by_role("link", name="Claims").click()
-    assert page.url.endswith("#claims") and page.locator("#claims").bounding_box()["y"] >= 40, "not under the bar"
+    page.wait_for_url("**#claims")
+    assert page.locator("#claims").bounding_box()["y"] >= 40, "not under the bar"
+    here = page.url.partition("#")[0]
     page.get_by_role("navigation", name="Pages before and after").locator("[rel=next]").click()
-    after = page.url
+    page.wait_for_url(lambda url: url.partition("#")[0] != here)
     page.get_by_role("navigation", name="Pages before and after").locator("[rel=prev]").click()
-    assert page.url != after
+    page.wait_for_url(here)
     page.locator(".rk-facts").get_by_role("link", name="API reference").click()
-    assert "/api/" in page.url
+    page.wait_for_url("**/api/*")
     page.locator("main").get_by_role("link").first.click()
     assert not page.said and all(url.startswith((served, "data:")) for url in page.asked)
 
@@ -232,11 +234,12 @@ def test_figures_open_in_full_size(visit, width):
     large = dialog.locator("img")
     assert large.bounding_box()["width"] > small and large.get_attribute("alt") == image.get_attribute("alt") and large.bounding_box()["width"] >= 800
     page.keyboard.press("Escape")
-    assert dialog.count() == 0
+    dialog.wait_for(state="detached")
     button = page.locator(".cell figure").first.get_by_role("button", name="Enlarge")
     button.press("Enter")
     dialog.get_by_role("button", name="Close").click()
-    assert dialog.count() == 0 and not page.said
+    dialog.wait_for(state="detached")
+    assert not page.said
 
 
 def test_light_and_dark(visit):
@@ -248,6 +251,7 @@ def test_light_and_dark(visit):
     light.get_by_role("button", name="Dark mode").click()
     assert ground(light) == ground(dark)
     light.get_by_role("navigation", name="Main").get_by_role("link", name="Ledger").click()
+    light.wait_for_url("**/ledger.html")
     assert ground(light) == ground(dark), "the next page remembers"
     light.get_by_role("button", name="Light mode").click()
     assert ground(light) == "rgb(255, 255, 255)"
@@ -270,14 +274,14 @@ def test_keyboard(visit):
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip" and page.locator(".skip").bounding_box()["x"] >= 0
     page.keyboard.press("Enter")
-    assert page.url.endswith("#content")
+    page.wait_for_url("**#content")
     for _ in range(40):
         page.keyboard.press("Tab")
         if page.evaluate("!!document.activeElement.closest('.rk-card')"):
             break
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
     page.keyboard.press("Enter")
-    assert page.locator(".rk-byline").is_visible()
+    page.locator(".rk-byline").wait_for()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -316,7 +320,7 @@ def test_phone_menu_and_ledger(visit):
     page.locator("label[for=menu]").click()
     assert menu.is_visible()
     menu.get_by_role("link", name="Ledger").click()
-    assert page.url.endswith("/ledger.html")
+    page.wait_for_url("**/ledger.html")
     page.get_by_label("Sort by").select_option("verdict")
     ranks = page.evaluate("[...document.querySelectorAll('#rk-ledger tbody tr')].map(r => +r.cells[5].dataset.sort)")
     assert ranks == sorted(ranks)
