@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['MARKED', 'STYLE', 'TEMPLATE', 'CHROME', 'mathml', 'cell_options', 'cell_summary', 'number_labels', 'slugify', 'Link',
-           'Nav', 'highlight', 'load_document', 'document_front', 'picture_of', 'render_page']
+           'Nav', 'highlight', 'load_document', 'document_front', 'write_file', 'picture_of', 'render_page']
 
 # %% ../../nbs/run/page.ipynb #6bf2a3c3
 import ast
@@ -695,7 +695,10 @@ def _prepare(nb: dict, page: _Page) -> dict:
     return {**nb, "cells": cells}
 
 
-def _write(path: Path, text: str) -> Path:
+def write_file(
+    path: Path,  # its folder is made if it is missing
+    text: str | bytes,
+) -> Path:
     "Write a file in one step: readers see the old one or the new one."
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text)
@@ -795,4 +798,4 @@ def render_page(
         exporter.register_filter("page_html", page.outer)
         exporter.register_filter("page_markdown", page.render)
         text, _ = exporter.from_notebook_node(node, resources={"page": about})
-    return _write(target, page.restore(text))
+    return write_file(target, page.restore(text))

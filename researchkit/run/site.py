@@ -24,12 +24,12 @@ from pathlib import Path
 import yaml
 
 from ..core.errors import InputError
-from ..core.files import write_atomically
-from ..core.notebook import COLOURS, MARKS, find_clone, find_record, find_root, is_paper, joined, load_notebook, read_paper
+from ..core.notebook import COLOURS, MARKS, find_clone, find_record, find_root, is_paper, joined, load_notebook, papers, read_paper
+from ..core import notebook
 from . import overview, page, reference
 from .navigation import navigation, page_of, quarto_config, site_inputs
-from .overview import complete, ledger_files, verdict_counts
-from .page import document_front, picture_of, render_page
+from .overview import complete, ledger_files, total_counts, verdict_counts
+from .page import document_front, picture_of, render_page, write_file
 from .reference import table_cell
 
 # %% ../../nbs/run/site.ipynb #24a2d8c6
@@ -115,14 +115,14 @@ def llms_text(
     "The map of the site after the proposal of llmstxt.org."
     url = nav.site.url
 
-    def rows(prefix, skip=()):
+    def rows(prefix):
         return [f"- [{fm.get('title', path)}]({url}/{page_of(path)}): {fm.get('description', '')}" for path, fm in sorted(inputs.items(), key=lambda i: (i[1].get("order", 99), i[0]))
-                if path.startswith(prefix) and path not in skip]
+                if path.startswith(prefix)]
 
-    papers = [f"- [{p.title}]({url}/{p.page}): {p.description} Notebook: {nav.site.repo}nbs/{p.theme}/{p.slug}.ipynb" for p in nav.site.papers]
+    listed = [f"- [{p.title}]({url}/{p.page}): {p.description} Notebook: {nav.site.repo}nbs/{p.theme}/{p.slug}.ipynb" for p in nav.site.papers]
     return "\n".join([f"# {config['website']['title']}", "", f"> {config['website']['description']}", "",
                       "Each paper has one notebook: it explains the method, exports a Python module, repeats the experiments at a small size, and ends with a computed verdict on every claim.", "",
-                      "## Papers", "", *papers, "", "## Results", "", f"- [Ledger as JSON]({url}/ledger.json): every claim with the paper's figure, the measured one, the interval, the criterion and the verdict",
+                      "## Papers", "", *listed, "", "## Results", "", f"- [Ledger as JSON]({url}/ledger.json): every claim with the paper's figure, the measured one, the interval, the criterion and the verdict",
                       f"- [Ledger as CSV]({url}/ledger.csv): the same as a table", "", "## Guide", "", *rows("guide/"), "", "## Reference", "", *rows("api/"), "",
                       "## Optional", "", *rows("core/"), *rows("run/"), ""])
 
@@ -163,7 +163,7 @@ def _digest(*parts) -> str:
 
 def _makers() -> str:
     "A hash of the code that makes pages."
-    code = [inspect.getsource(m) for m in (page, overview, reference)] + [inspect.getsource(sys.modules[__name__])]
+    code = [inspect.getsource(m) for m in (notebook, overview, page, reference, sys.modules[__name__])]
     return _digest(code, [version(name) for name in ("nbconvert", "mistune", "latex2mathml", "pygments", "pillow")])
 
 
@@ -200,12 +200,6 @@ def _manifest(out: Path) -> dict:
 HINT = "Quarto is not installed; the site was built with nbconvert instead. To get Quarto: https://quarto.org/docs/get-started/"
 
 
-def _write(path: Path, text: str | bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text)
-    return path
-
-
 def _replace(new: Path, out: Path) -> None:
     "Put a finished folder in the place of the old one."
     old = out.with_name(f".{out.name}.old")
@@ -228,12 +222,9 @@ def _pictured(inputs: dict) -> dict[str, str]:
 def _picture(root: Path, path: str, fm: dict, config: dict) -> bytes:
     source = root / "nbs" / path
     if path == "index.ipynb":
-        found, total = overview.records(root), {}
-        for _, record in found:
-            for v, n in verdict_counts(record).items():
-                total[v] = total.get(v, 0) + n
-        return share_picture(str(config["website"]["description"]), f"{len(found)} papers, {sum(total.values())} claims, each with a verdict that a laptop can compute again in a minute or two.", "",
-                             {v: total[v] for v in MARKS if v in total})
+        found = overview.records(root)
+        total = total_counts(found)
+        return share_picture(str(config["website"]["description"]), f"{len(found)} papers, {sum(total.values())} claims, each with a verdict that a laptop can compute again in a minute or two.", "", total)
     return share_picture(str(fm.get("title")), str(fm.get("description") or ""), str((fm.get("categories") or [""])[0]), verdict_counts(find_record(source)), first_figure(load_notebook(source)))
 
 
@@ -276,7 +267,7 @@ def _navigation(folder: Path, root: Path, config: dict, pages: dict):
     nav = navigation(folder, config)
     nav.symbols = reference.symbols(pages)
     nav.site.api = {f"researchkit.{Path(p).name.removesuffix('.qmd')}": page_of(p) for p in pages}
-    nav.site.papers = [p for p, _ in overview.records(root)]
+    nav.site.papers = papers(root)
     return nav
 
 
@@ -289,7 +280,7 @@ def _with_nbconvert(root: Path, out: Path, config: dict, pages: dict) -> Path:
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(path)
         for path, text in pages.items():
-            _write(sources / path, text)
+            write_file(sources / path, text)
         nav, inputs = _navigation(sources, root, config, pages), site_inputs(sources, config)
         digests, old, known = page_digests(sources, nav, config, inputs), _manifest(out), _known_words(out)
         pictured, words, made = _pictured(inputs), [], 0
@@ -305,7 +296,7 @@ def _with_nbconvert(root: Path, out: Path, config: dict, pages: dict) -> Path:
                     render_page(sources / path, built / href, nav=nav, href=href)
                     known[href] = dict(href=href, title=str(fm.get("title") or path), weight=_weight(href), parts=search_parts((built / href).read_text(encoding="utf-8")))
                 else:
-                    _write(built / name, _picture(root, path, fm, config))
+                    write_file(built / name, _picture(root, path, fm, config))
             words.append(known[href])
         data = json.dumps(words, ensure_ascii=False, separators=(",", ":"))
         files = {**ledger_files(root), "llms.txt": llms_text(nav, config, inputs), "search.js": f"RK_SEARCH({data});\n", ".nojekyll": "",
@@ -313,7 +304,7 @@ def _with_nbconvert(root: Path, out: Path, config: dict, pages: dict) -> Path:
         if nav.site.url:
             files |= {"sitemap.xml": sitemap(list(digests), nav.site.url), "robots.txt": f"User-agent: *\nAllow: /\nSitemap: {nav.site.url}/sitemap.xml\n"}
         for name, text in files.items():
-            _write(built / name, text)
+            write_file(built / name, text)
         _replace(built, out)
     print(f"{made} of {len(inputs)} pages were made, the others had not changed" if made < len(inputs) else f"{made} pages")
     return out
@@ -361,7 +352,7 @@ def _for_quarto(path: Path, root: Path, nav, pictured: dict) -> None:
     nb = complete({**nb, "cells": cells}, read_paper(source) if whole else None, find_record(source) if whole else None, nav.site, href)
     for i, cell in enumerate(nb["cells"]):
         cell["id"] = f"cell-{i}"  # nbdev draws new ones each time
-    _write(path, json.dumps(nb, indent=1, ensure_ascii=False))
+    write_file(path, json.dumps(nb, indent=1, ensure_ascii=False))
 
 
 def _with_quarto(root: Path, out: Path, config: dict, pages: dict, program: str) -> Path:
@@ -379,16 +370,17 @@ def _with_quarto(root: Path, out: Path, config: dict, pages: dict, program: str)
     process = "from nbdev.quarto import refresh_quarto_yml as r; from nbdev.serve import proc_nbs as p; r(); p(force=True)"
     call(sys.executable, "-c", process, cwd=root)
     for path, text in pages.items():
-        _write(proc / path, text)
+        write_file(proc / path, text)
     nav, inputs = _navigation(proc, root, config, pages), site_inputs(proc, config)
     pictured = _pictured(inputs)
     for path in inputs:
         if path.endswith(".ipynb"):
             _for_quarto(proc / path, root, nav, pictured)
         if page_of(path) in pictured:
-            _write(proc / pictured[page_of(path)], _picture(root, path, inputs[path], config))
-    for name, text in {**ledger_files(root), "llms.txt": llms_text(nav, config, inputs)}.items():
-        _write(proc / name, text)
+            write_file(proc / pictured[page_of(path)], _picture(root, path, inputs[path], config))
+    files = {**ledger_files(root), "llms.txt": llms_text(nav, config, inputs)}
+    for name, text in files.items():
+        write_file(proc / name, text)
     digests, old, around = page_digests(proc, nav, config, inputs), _manifest(out), _around(nav, config)
     changed = [path for path in inputs if old["pages"].get(page_of(path)) != digests[page_of(path)]]
     built = proc / config["project"].get("output-dir", "_docs")
@@ -397,14 +389,14 @@ def _with_quarto(root: Path, out: Path, config: dict, pages: dict, program: str)
         shutil.copytree(out, built)
         for path in changed:
             call(program, "render", path, "--no-execute", cwd=proc)
-        for name in ["llms.txt", *ledger_files(root), *pictured.values()]:
-            _write(built / name, (proc / name).read_bytes())
+        for name in [*files, *pictured.values()]:
+            write_file(built / name, (proc / name).read_bytes())
     else:
         call(program, "render", "--no-execute", cwd=proc)
     if not (built / "index.html").is_file():
         raise InputError(f"quarto wrote no index.html to {built}")
     (built / ".nojekyll").touch()
-    _write(built / _MANIFEST, json.dumps({"with": "quarto", "around": around, "pages": digests}, indent=1))
+    write_file(built / _MANIFEST, json.dumps({"with": "quarto", "around": around, "pages": digests}, indent=1))
     _replace(built, out)
     return out
 
